@@ -1,0 +1,190 @@
+"""What a run is: one typed tree of sections that `plan`, `simulate`, `train` and `release` all take.
+
+A section's defaults are those of a small run on this machine. Sections that name a preset are filled in from the
+catalog by `spec.files` before they come here, so a `RunSpec` is always complete and depends on nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from modelworks.spec.fields import Count, Duration, Fraction, PositiveFloat, PositiveInt, Section
+from modelworks.spec.hardware import ClusterSpec
+from modelworks.spec.model import ModelSpec
+
+Degree = PositiveInt | Literal["auto"]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+
+
+class DataSpec(Section):
+    """Where text comes from and how it becomes tokens."""
+
+    source: str = "stdlib"
+    """`stdlib` (the Python standard library's sources and docs on this machine), `files`, or `hf:DATASET`."""
+    files: list[str] = []
+    """Files, folders and patterns (txt, md, jsonl, parquet; gz and zst), for `source = "files"`."""
+    text_field: str = "text"
+    """The field of a JSON or Parquet record, or of a dataset, that holds the text."""
+    split: str = "train"
+    """The split of a Hugging Face dataset."""
+    tokenizer: str = "bpe"
+    """`bpe` (trained on the text itself, to `model.vocab` pieces), or the path of a `tokenizer.json`."""
+    validation_fraction: Fraction = 0.01
+    """The share of documents held out, chosen by a hash of their text."""
+    max_bad_fraction: Fraction = 0.01
+    """How many records may be unreadable before the run stops."""
+    max_documents: PositiveInt | None = None
+    max_bytes: Count | None = None
+    """Stop reading the source after so many bytes of text."""
+
+    @model_validator(mode="after")
+    def _known_source(self) -> DataSpec:
+        if self.source not in {"stdlib", "files"} and not self.source.startswith("hf:"):
+            raise ValueError(f"data.source = {self.source!r} is not accepted: stdlib, files or hf:DATASET is")
+        if self.source == "files" and not self.files:
+            raise ValueError('data.files is missing: data.source = "files" needs at least one file, folder or pattern')
+        return self
+
+
+class TrainSpec(Section):
+    """How the network is trained."""
+
+    tokens: Count = 2_000_000
+    seq_len: PositiveInt = 512
+    global_batch: PositiveInt = 32
+    """Sequences per optimizer step."""
+    micro_batch: Degree = "auto"
+    """Sequences per forward pass and process."""
+    precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
+    """`auto`: bf16 where the device multiplies it faster than fp32, else fp32."""
+    compile: bool | Literal["auto"] = "auto"
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """`muon` updates the matrices of the blocks and leaves the rest to AdamW."""
+    learning_rate: PositiveFloat = 1e-3
+    """AdamW's peak."""
+    matrix_learning_rate: PositiveFloat = 0.02
+    """Muon's peak."""
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    epsilon: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.1
+    schedule: Literal["wsd", "cosine", "constant"] = "wsd"
+    """`wsd`: warmup, stable, decay to `final_fraction` over the last `decay_fraction` of the steps."""
+    warmup_fraction: Fraction = 0.02
+    decay_fraction: Fraction = 0.2
+    final_fraction: Fraction = 0.1
+    clip: NonNegativeFloat = 1.0
+    """Largest norm of the gradient; 0 doesn't clip."""
+    load_balance_loss: NonNegativeFloat = 0.01
+    """Weight of the experts' load-balancing loss (Switch Transformer, eq. 4)."""
+    router_z_loss: NonNegativeFloat = 0.001
+    """Weight of the router's z-loss (ST-MoE, eq. 5)."""
+    validate_every: NonNegativeInt = 50
+    """Steps between validations; 0 validates only at the end."""
+    validation_tokens: Count = 65_536
+    log_every: PositiveInt = 1
+    seed: NonNegativeInt = 1337
+    max_time: Duration | None = None
+    """Stop, as if the tokens were done, after so much time; the schedule then follows time."""
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens in one optimizer step."""
+        return self.global_batch * self.seq_len
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps: tokens over tokens per step, rounded up."""
+        return -(-self.tokens // self.tokens_per_step)
+
+
+class ParallelSpec(Section):
+    """Degrees of parallelism; `auto` is the planner's best (1 on one process)."""
+
+    data: Degree = "auto"
+    tensor: Degree = 1
+    pipeline: Degree = 1
+    context: Degree = 1
+    expert: Degree = 1
+    expert_tensor: Degree = 1
+    virtual_stages: PositiveInt = 1
+    schedule: Literal["1f1b", "interleaved", "zero-bubble"] = "1f1b"
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    sequence_parallel: bool = True
+    recompute: Literal["none", "selective", "full"] = "none"
+
+
+class CheckpointSpec(Section):
+    """When a run's state is saved and how much of it is kept."""
+
+    every: Duration = 300.0
+    """Time between checkpoints."""
+    every_steps: PositiveInt | None = None
+    """Steps between checkpoints, instead of time."""
+    keep: PositiveInt = 2
+    """How many are kept."""
+
+
+class ReleaseSpec(Section):
+    """What a finished run is turned into."""
+
+    to: list[Literal["safetensors", "gguf"]] = []
+    quantize: list[Literal["f32", "f16", "bf16", "q8_0", "q4_k"]] = ["q8_0"]
+    """Precisions of the GGUF files."""
+    license: str = "Apache-2.0"
+
+
+class RunSpec(Section):
+    """A run: everything that `plan`, `simulate`, `train` and `release` need to know."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = "run"
+    model: ModelSpec
+    data: DataSpec = DataSpec()
+    train: TrainSpec = TrainSpec()
+    cluster: ClusterSpec = ClusterSpec(name="local", preset="local", device="local", gpus=1, gpus_per_node=1,
+                                       scale_up_domain=1, pue=1.0)
+    parallel: ParallelSpec = ParallelSpec()
+    checkpoint: CheckpointSpec = CheckpointSpec()
+    release: ReleaseSpec = ReleaseSpec()
+
+    @model_validator(mode="after")
+    def _divisible(self) -> RunSpec:
+        model, train, parallel = self.model, self.train, self.parallel
+        if train.seq_len > model.context:
+            raise ValueError(f"train.seq_len = {train.seq_len} is longer than model.context = {model.context}")
+        for field, degree, what, size in (
+            ("tensor", parallel.tensor, "model.heads", model.heads),
+            ("tensor", parallel.tensor, "model.kv_heads", model.kv_heads),
+            ("context", parallel.context, "train.seq_len", train.seq_len),
+            ("expert", parallel.expert, "model.moe.experts", model.moe.experts if model.moe else None),
+            ("data", parallel.data, "train.global_batch", train.global_batch),
+        ):
+            if degree == "auto" or degree == 1:
+                continue
+            if size is None:
+                raise ValueError(f"parallel.{field} = {degree} needs {what}, and this model has none")
+            if size % degree:
+                raise ValueError(f"parallel.{field} = {degree} doesn't divide {what} = {size}")
+        if parallel.pipeline != "auto" and parallel.pipeline * parallel.virtual_stages > model.layers:
+            raise ValueError(f"parallel.pipeline = {parallel.pipeline} with virtual_stages = {parallel.virtual_stages} "
+                             f"needs more layers than model.layers = {model.layers}")
+        self._fills_cluster()
+        if train.micro_batch != "auto" and train.global_batch % (
+            train.micro_batch * (1 if parallel.data == "auto" else parallel.data)
+        ):
+            raise ValueError(f"train.micro_batch = {train.micro_batch} times parallel.data = {parallel.data} doesn't "
+                             f"divide train.global_batch = {train.global_batch}")
+        return self
+
+    def _fills_cluster(self) -> None:
+        """Refuse degrees whose product doesn't divide the devices (or isn't equal, where every degree is given)."""
+        degrees = {name: getattr(self.parallel, name) for name in ("tensor", "pipeline", "context", "data")}
+        product = 1
+        for degree in degrees.values():
+            product *= 1 if degree == "auto" else degree
+        given = " x ".join(f"{name} {degree}" for name, degree in degrees.items() if degree != "auto")
+        if self.cluster.gpus % product or ("auto" not in degrees.values() and product != self.cluster.gpus):
+            raise ValueError(f"parallel: {given} = {product} doesn't divide into cluster.gpus = {self.cluster.gpus}")
