@@ -22,8 +22,11 @@ _BYTES = {"B": 1} | {
     for power, prefix in enumerate("KMGTP", start=1)
     for suffix, base in (("B", 1000), ("iB", 1024))
 }
-_RATE_BYTES = {f"{prefix}{unit}/s": 1000**power / bits for power, prefix in enumerate(["", "K", "M", "G", "T"])
-               for unit, bits in (("B", 1), ("bit", 8))}
+_RATE_BYTES = {
+    f"{prefix}{unit}/s": 1000**power / bits
+    for power, prefix in enumerate(["", "K", "M", "G", "T"])
+    for unit, bits in (("B", 1), ("bit", 8))
+}
 _COUNT = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _QUANTITY = re.compile(r"\s*([+-]?\d[\d_]*(?:\.\d+)?(?:[eE][+-]?\d+)?)\s*([A-Za-z/]*)\s*")
 
@@ -155,8 +158,9 @@ def _section_in(annotation: Any) -> type[BaseModel] | None:
 
 def _is_branch_label(part: Any) -> bool:
     """Whether a location's part is pydantic's name for a branch of a union and not a key."""
-    return isinstance(part, str) and (part in {"int", "float", "str", "bool"} or part[:1].isupper() or "[" in part
-                                      or "-" in part)
+    return isinstance(part, str) and (
+        part in {"int", "float", "str", "bool"} or part[:1].isupper() or "[" in part or "-" in part
+    )
 
 
 def _shown(value: Any) -> str:

@@ -134,8 +134,10 @@ def _override(values: dict[str, Any], override: str) -> None:
     if not equals or not field:
         raise InputError(f"--set {override!r} is not accepted: it is written field=value, such as train.seq_len=512")
     if field not in known and not field.startswith(("model.rope_scaling.",)):
-        raise InputError(f"--set {field}: unknown field; "
-                         + nearest(field, known, [k for k in known if k.rsplit('.', 1)[-1] == field]))
+        raise InputError(
+            f"--set {field}: unknown field; "
+            + nearest(field, known, [k for k in known if k.rsplit(".", 1)[-1] == field])
+        )
     try:
         value = tomllib.loads(f"value = {text.strip()}")["value"]
     except tomllib.TOMLDecodeError:

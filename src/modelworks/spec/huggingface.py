@@ -63,18 +63,25 @@ def spec_values(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         if rope.get("rope_type", rope.get("type", "default")) != "default":
             values["rope_scaling"] = {key: value for key, value in rope.items() if isinstance(value, (int, float, str))}
         if kind == "mixtral":
-            values["moe"] = {"experts": config["num_local_experts"], "top_k": config["num_experts_per_tok"],
-                             "expert_hidden": config["intermediate_size"], "renormalize": True}
+            values["moe"] = {
+                "experts": config["num_local_experts"],
+                "top_k": config["num_experts_per_tok"],
+                "expert_hidden": config["intermediate_size"],
+                "renormalize": True,
+            }
         if kind == "grok-1":
             values |= {
-                "activation": "gelu", "norm_placement": "sandwich",
+                "activation": "gelu",
+                "norm_placement": "sandwich",
                 "attention_multiplier": config.get("attn_output_multiplier"),
                 "attention_softcap": config.get("max_attn_value", config.get("attn_logit_softcapping", 30.0)),
                 "embedding_multiplier": config.get("embedding_multiplier_scale", 1.0),
                 "output_multiplier": config.get("output_multiplier_scale", 1.0),
-                "moe": {"experts": config.get("num_local_experts", config.get("num_experts")),
-                        "top_k": config.get("num_experts_per_tok", config.get("num_selected_experts")),
-                        "expert_hidden": config.get("moe_intermediate_size", config["intermediate_size"])},
+                "moe": {
+                    "experts": config.get("num_local_experts", config.get("num_experts")),
+                    "top_k": config.get("num_experts_per_tok", config.get("num_selected_experts")),
+                    "expert_hidden": config.get("moe_intermediate_size", config["intermediate_size"]),
+                },
             }
     except KeyError as error:
         raise InputError(f"{where}: the field {error} is missing for model_type = {kind!r}") from None

@@ -38,7 +38,9 @@ class MoESpec(Section):
     @model_validator(mode="after")
     def _top_k_within_experts(self) -> MoESpec:
         if self.top_k > self.experts:
-            raise ValueError(f"moe.top_k = {self.top_k} needs at least as many experts, and moe.experts = {self.experts}")
+            raise ValueError(
+                f"moe.top_k = {self.top_k} needs at least as many experts, and moe.experts = {self.experts}"
+            )
         return self
 
 
@@ -174,8 +176,16 @@ class ParameterCount:
     @property
     def total(self) -> int:
         """All parameters, tied ones counted once."""
-        return (self.embedding + self.head + self.attention + self.dense_ffn + self.experts + self.shared_experts
-                + self.router + self.norms)
+        return (
+            self.embedding
+            + self.head
+            + self.attention
+            + self.dense_ffn
+            + self.experts
+            + self.shared_experts
+            + self.router
+            + self.norms
+        )
 
     @property
     def active(self) -> int:

@@ -144,8 +144,9 @@ class RunSpec(Section):
     model: ModelSpec
     data: DataSpec = DataSpec()
     train: TrainSpec = TrainSpec()
-    cluster: ClusterSpec = ClusterSpec(name="local", preset="local", device="local", gpus=1, gpus_per_node=1,
-                                       scale_up_domain=1, pue=1.0)
+    cluster: ClusterSpec = ClusterSpec(
+        name="local", preset="local", device="local", gpus=1, gpus_per_node=1, scale_up_domain=1, pue=1.0
+    )
     parallel: ParallelSpec = ParallelSpec()
     checkpoint: CheckpointSpec = CheckpointSpec()
     release: ReleaseSpec = ReleaseSpec()
@@ -169,14 +170,18 @@ class RunSpec(Section):
             if size % degree:
                 raise ValueError(f"parallel.{field} = {degree} doesn't divide {what} = {size}")
         if parallel.pipeline != "auto" and parallel.pipeline * parallel.virtual_stages > model.layers:
-            raise ValueError(f"parallel.pipeline = {parallel.pipeline} with virtual_stages = {parallel.virtual_stages} "
-                             f"needs more layers than model.layers = {model.layers}")
+            raise ValueError(
+                f"parallel.pipeline = {parallel.pipeline} with virtual_stages = {parallel.virtual_stages} "
+                f"needs more layers than model.layers = {model.layers}"
+            )
         self._fills_cluster()
         if train.micro_batch != "auto" and train.global_batch % (
             train.micro_batch * (1 if parallel.data == "auto" else parallel.data)
         ):
-            raise ValueError(f"train.micro_batch = {train.micro_batch} times parallel.data = {parallel.data} doesn't "
-                             f"divide train.global_batch = {train.global_batch}")
+            raise ValueError(
+                f"train.micro_batch = {train.micro_batch} times parallel.data = {parallel.data} doesn't "
+                f"divide train.global_batch = {train.global_batch}"
+            )
         return self
 
     def _fills_cluster(self) -> None:

@@ -1,0 +1,5 @@
+"""`python -m modelworks` is `modelworks`."""
+
+from modelworks.cli import main
+
+main()
