@@ -130,7 +130,7 @@ def _override(values: dict[str, Any], override: str) -> None:
     """Set ``a.b=value`` in plain values."""
     field, equals, text = override.partition("=")
     field = field.strip()
-    known = dotted_keys(RunSpec) + ["model.hf"]
+    known = [*dotted_keys(RunSpec), "model.hf"]
     if not equals or not field:
         raise InputError(f"--set {override!r} is not accepted: it is written field=value, such as train.seq_len=512")
     if field not in known and not field.startswith(("model.rope_scaling.",)):
