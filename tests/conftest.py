@@ -1,0 +1,27 @@
+"""What tests of several rooms need: a home folder of their own, and the folder of reference data."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+_REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty home folder; what the test stores stays in it."""
+    monkeypatch.setenv("MODELWORKS_HOME", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of reference data, from `MODELWORKS_SHARED_DATA` or beside the repository."""
+    given = os.environ.get("MODELWORKS_SHARED_DATA")
+    folder = Path(given) if given else _REPOSITORY.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no reference data in {folder}; set MODELWORKS_SHARED_DATA to the folder that holds it")
+    return folder
