@@ -1,0 +1,59 @@
+# The commands of a working copy. `make up` and `make test` need Python 3.11 or newer and nothing else.
+
+VENV := .venv
+BIN := $(VENV)/bin
+REQUIREMENTS := pyproject.toml constraints.txt
+PORT ?=
+CHECK ?=
+# One benchmark by its name in benchmarks/, such as BENCH=train_throughput; all of them if empty.
+BENCH ?=
+PYTEST_ARGS ?=
+
+.PHONY: up test check format docs bench clean help
+
+help:
+	@echo 'make up [CHECK=1] [PORT=8080]  installs, and starts the web app; CHECK=1 walks the whole line headless'
+	@echo 'make test                      runs every test'
+	@echo 'make check                     formatting, lint, types, import contracts'
+	@echo 'make format                    formats the code and mends what the linter can'
+	@echo 'make docs                      builds the documentation into site/'
+	@echo 'make bench [BENCH=NAME]        runs the benchmarks'
+
+up: $(VENV)/.installed-all
+	$(BIN)/modelworks up $(if $(CHECK),--check) $(if $(PORT),--port $(PORT))
+
+test: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(PYTEST_ARGS)
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+docs: $(VENV)/.installed-dev
+	$(BIN)/mkdocs build --strict
+
+bench: $(VENV)/.installed-dev
+	@set -e; for script in $(if $(BENCH),benchmarks/$(BENCH).py,benchmarks/*.py); do \
+		echo "== $$script"; $(BIN)/python "$$script"; \
+	done
+
+clean:
+	rm -rf $(VENV) site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+
+# `pip` is the last thing that venv writes, so an interrupted creation is started again.
+$(BIN)/pip:
+	@python=$$(.ci/find-python) && echo "creating $(VENV) with $$python" && "$$python" -m venv $(VENV)
+
+$(VENV)/.installed-all: $(REQUIREMENTS) | $(BIN)/pip
+	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e '.[all]'
+	@touch $@
+
+$(VENV)/.installed-dev: $(REQUIREMENTS) | $(BIN)/pip
+	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(VENV)/.installed-all $@
