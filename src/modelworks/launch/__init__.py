@@ -1,0 +1,1 @@
+"""Puts a run on an engine: today this machine (`launch.local`)."""
