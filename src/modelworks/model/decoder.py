@@ -1,0 +1,187 @@
+"""The decoder: one transformer whose fields make it Grok-1, Llama, SmolLM2, Mixtral or Qwen3.
+
+What is notable in it:
+- RMSNorm before attention and feed-forward, and in the Grok family after them too ("sandwich");
+- grouped-query attention with rotary positions, soft-capped in the Grok family (`attention`);
+- a mixture of experts, or a dense gated feed-forward network, per layer (`experts`, `layers`);
+- embedding and output multipliers, tied or untied embeddings;
+- with targets the forward pass returns losses, and the logits never stand in memory whole (`loss`).
+
+The module knows nothing of parallelism, has no buffers and builds on the meta device.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from modelworks.model.attention import Attention, KeyValueCache, Rotary, rotary_tables
+from modelworks.model.experts import MixtureOfExperts, RouterReport
+from modelworks.model.layers import Embedding, GatedMLP, Linear, RMSNorm
+from modelworks.model.loss import chunked_cross_entropy, head_logits
+from modelworks.model.support import refuse_unsupported
+from modelworks.spec.errors import InputError
+from modelworks.spec.model import ModelSpec
+
+
+class Losses(NamedTuple):
+    """The parts of the training loss; scalars in fp32, to be weighted and added by the loop."""
+
+    cross_entropy: Tensor
+    """Mean over the targets that count, in nats."""
+    load_balance: Tensor
+    """Mean over the layers with experts; 1 when balanced, 0 without experts."""
+    router_z: Tensor
+    """Mean over the layers with experts; 0 without experts."""
+    expert_load: Tensor
+    """(moe_layers, experts): the share of a layer's (token, expert) pairs that each expert took."""
+
+
+class Block(nn.Module):
+    """One layer: attention and a feed-forward network, each added to the residual stream."""
+
+    def __init__(self, spec: ModelSpec, layer: int) -> None:
+        super().__init__()
+        sandwich = spec.norm_placement == "sandwich"
+        self.attn_norm = RMSNorm(spec.hidden, spec.norm_eps)
+        self.attn = Attention(spec, layer)
+        self.attn_post_norm = RMSNorm(spec.hidden, spec.norm_eps) if sandwich else None
+        self.ffn_norm = RMSNorm(spec.hidden, spec.norm_eps)
+        if spec.moe is not None and layer >= spec.moe.dense_layers:
+            self.moe = MixtureOfExperts(spec)
+        else:
+            self.mlp = GatedMLP(spec)
+        self.ffn_post_norm = RMSNorm(spec.hidden, spec.norm_eps) if sandwich else None
+
+    def forward(
+        self, x: Tensor, rotary: Rotary, cache: KeyValueCache | None = None
+    ) -> tuple[Tensor, RouterReport | None]:
+        """(B, T, H) in and out, with the router's report where the layer has experts."""
+        attended = self.attn(self.attn_norm(x), rotary, cache)
+        x = x + (attended if self.attn_post_norm is None else self.attn_post_norm(attended))
+        normed, report = self.ffn_norm(x), None
+        if hasattr(self, "moe"):
+            mixed, report = self.moe(normed)
+        else:
+            mixed = self.mlp(normed)
+        return x + (mixed if self.ffn_post_norm is None else self.ffn_post_norm(mixed)), report
+
+
+class Decoder(nn.Module):
+    """The network of a `ModelSpec`.
+
+    Parameters
+    ----------
+    spec
+        The network. Under ``torch.device("meta")`` it is built without memory.
+
+    Raises
+    ------
+    InputError
+        If a field of the spec is not implemented; the sentence names it.
+    """
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        refuse_unsupported(spec)
+        self.spec = spec
+        self.embed = Embedding(spec.vocab, spec.hidden)
+        self.blocks = nn.ModuleList(Block(spec, layer) for layer in range(spec.layers))
+        self.final_norm = RMSNorm(spec.hidden, spec.norm_eps)
+        self.head = None if spec.tied_embeddings else Linear(spec.hidden, spec.vocab, bias=False)
+        self.initialize(0)
+
+    @torch.no_grad()
+    def initialize(self, seed: int) -> None:
+        """Draw every parameter anew, the same for the same seed on the same device.
+
+        Matrices are normal with variance 1 / (their inputs), so that activations keep their size; what writes to the
+        residual stream is smaller by the square root of how many writers there are (GPT-2): the output matrices, or
+        the norms after them where there are any. The embedding is normal such that it enters the stream at about
+        unit size where it has a multiplier, else 0.02.
+        """
+        device = self.embed.weight.device
+        generator = torch.Generator(device if device.type != "meta" else "cpu").manual_seed(seed)
+        writers = (2 * self.spec.layers) ** -0.5
+        for name, parameter in self.named_parameters():
+            place = name.split(".")
+            if place[-1] == "bias":
+                parameter.zero_()
+            elif parameter.dim() == 1:
+                parameter.fill_(writers if "post_norm" in name else 1.0)
+            elif place[0] == "embed":
+                scaled = self.spec.embedding_multiplier != 1.0
+                parameter.normal_(0.0, 1.0 / self.spec.embedding_multiplier if scaled else 0.02, generator=generator)
+            else:
+                writes = self.spec.norm_placement == "pre" and ("wo" in place or "down" in place)
+                parameter.normal_(0.0, parameter.shape[-1] ** -0.5 * (writers if writes else 1.0), generator=generator)
+
+    def forward(
+        self, tokens: Tensor, targets: Tensor | None = None, cache: KeyValueCache | None = None
+    ) -> Tensor | Losses:
+        """Run the network.
+
+        Parameters
+        ----------
+        tokens
+            (B, T) int64.
+        targets
+            (B, T) int64, the token that follows each; -1 doesn't count.
+        cache
+            Keys and values of the positions before `tokens`; it is filled and moved on.
+
+        Returns
+        -------
+        Tensor or Losses
+            Logits (B, T, V) in fp32, or with `targets` the losses.
+
+        Raises
+        ------
+        InputError
+            If the sequence is longer than the spec's context.
+        """
+        hidden, reports = self.hidden_states(tokens, cache)
+        weight = self.output_weight
+        if torch.is_autocast_enabled(hidden.device.type):
+            dtype = torch.get_autocast_dtype(hidden.device.type)
+            hidden, weight = hidden.to(dtype), weight.to(dtype)
+        scaling = (self.spec.output_multiplier, self.spec.output_softcap)
+        if targets is None:
+            return head_logits(hidden, weight, *scaling)
+        cross_entropy = chunked_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten(), *scaling)
+        return Losses(cross_entropy, *_mean_reports(reports, hidden))
+
+    def hidden_states(self, tokens: Tensor, cache: KeyValueCache | None = None) -> tuple[Tensor, list[RouterReport]]:
+        """The normalised states (B, T, H) that the head multiplies, and each router's report."""
+        start = 0 if cache is None else cache.position
+        end = start + tokens.shape[1]
+        if end > self.spec.context:
+            raise InputError(
+                f"tokens: a sequence of {end} tokens is too long: at most model.context = {self.spec.context} is accepted"
+            )
+        x = self.embed(tokens) * self.spec.embedding_multiplier  # (B, T, H)
+        rotary = rotary_tables(self.spec, start, tokens.shape[1], tokens.device)
+        reports = []
+        for block in self.blocks:
+            x, report = block(x, rotary, cache)
+            if report is not None:
+                reports.append(report)
+        if cache is not None:
+            cache.position = end
+        return self.final_norm(x), reports
+
+    @property
+    def output_weight(self) -> Tensor:
+        """The head's matrix (V, H): the embedding's where they are tied."""
+        return self.embed.weight if self.head is None else self.head.weight
+
+
+def _mean_reports(reports: list[RouterReport], like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The losses of all routers, averaged, and their loads (moe_layers, experts)."""
+    if not reports:
+        zero = like.new_zeros((), dtype=torch.float32)
+        return zero, zero, like.new_zeros((0, 0), dtype=torch.float32)
+    load_balance, router_z, load = (torch.stack(part) for part in zip(*reports, strict=True))
+    return load_balance.mean(), router_z.mean(), load

@@ -1,0 +1,56 @@
+"""The small parts of a block: linear maps, RMSNorm and the dense feed-forward network.
+
+Linear maps and norms come into being without values: `Decoder.initialize` draws them all, in one place.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modelworks.spec.model import ModelSpec
+
+
+class Linear(nn.Linear):
+    """PyTorch's linear map, weight (out, in), whose values `Decoder.initialize` draws."""
+
+    def reset_parameters(self) -> None:
+        """Leave the values to the decoder."""
+
+
+class Embedding(nn.Embedding):
+    """PyTorch's embedding (V, H), whose values `Decoder.initialize` draws."""
+
+    def reset_parameters(self) -> None:
+        """Leave the values to the decoder."""
+
+
+class RMSNorm(nn.Module):
+    """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension, in fp32 (Zhang & Sennrich, arXiv:1910.07467)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise (..., width); the result has `x`'s dtype."""
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+class GatedMLP(nn.Module):
+    """The dense feed-forward network `down(act(gate(x)) * up(x))` (Shazeer, arXiv:2002.05202)."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.gate = Linear(spec.hidden, spec.ffn_hidden, bias=spec.mlp_bias)
+        self.up = Linear(spec.hidden, spec.ffn_hidden, bias=spec.mlp_bias)
+        self.down = Linear(spec.ffn_hidden, spec.hidden, bias=spec.mlp_bias)
+        self.activation = spec.activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, H) in and out."""
+        gate = self.gate(x)
+        activated = F.silu(gate) if self.activation == "silu" else F.gelu(gate, approximate="tanh")
+        return self.down(activated * self.up(x))
