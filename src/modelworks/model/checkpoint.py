@@ -1,0 +1,251 @@
+"""A run's checkpoints: written whole or not at all, checked before they are believed.
+
+Three ideas. A checkpoint is a folder ``checkpoints/step-00000040`` that PyTorch's distributed checkpoint (DCP) writes
+as safetensors files, so that reading it never runs code (DCP's usual ``.metadata`` is a pickle). Beside them stand
+``state.json`` (position, metrics offset: what is no tensor) and, written last, ``manifest.json`` with the size and
+SHA-256 of every file. The folder is written under a hidden name, flushed to disk and renamed: a crash at any moment
+leaves the older checkpoints and at most a hidden folder that the next save removes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+
+from modelworks.spec.errors import OperationError
+from modelworks.spec.home import write_atomically
+
+if TYPE_CHECKING:
+    from modelworks.model.decoder import Decoder
+
+logger = logging.getLogger(__name__)
+_FILE_BYTES = 1 << 29
+"""DCP builds each file in memory before writing it; this bounds what that takes."""
+
+
+def folders(run_folder: Path) -> list[Path]:
+    """The committed checkpoints of a run, newest first."""
+    return sorted((run_folder / "checkpoints").glob("step-*"), reverse=True)
+
+
+def save(run_folder: Path, step: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> Path:
+    """Write a checkpoint and commit it.
+
+    Parameters
+    ----------
+    run_folder
+        The run's folder.
+    step
+        Optimizer steps done.
+    tensors
+        Everything that is a tensor, by key: ``model.*``, ``optimizer.*``, ``random.*``.
+    state
+        Everything else, as JSON has it.
+
+    Returns
+    -------
+    Path
+        The committed folder.
+
+    Raises
+    ------
+    OperationError
+        If it can't be written, such as on a full disk; older checkpoints stand, nothing partial is left.
+    """
+    parent = run_folder / "checkpoints"
+    target = parent / f"step-{step:08d}"
+    temporary = parent / f".step-{step:08d}.tmp"
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        _clear_leftovers(parent)
+        temporary.mkdir()
+        _write_tensors(temporary, tensors)
+        write_atomically(temporary / "state.json", json.dumps({**state, "step": step}, indent=1) + "\n")
+        write_atomically(temporary / "manifest.json", json.dumps(_manifest(temporary, step), indent=1) + "\n")
+        _flush_folder(temporary)
+        if target.exists():  # A damaged one that a resume passed over and has now reached again.
+            target.rename(target.with_name(f".{target.name}.old.tmp"))
+        temporary.rename(target)
+        _flush_folder(parent)
+        _clear_leftovers(parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OperationError(f"the checkpoint of step {step} cannot be written: {reason(error)}") from error
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return target
+
+
+def rotate(run_folder: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints."""
+    for old in folders(run_folder)[keep:]:
+        # Renamed first, so that a crash in the middle doesn't leave half a checkpoint under a good name.
+        doomed = old.with_name(f".{old.name}.tmp")
+        shutil.rmtree(doomed, ignore_errors=True)
+        old.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Read every byte of a checkpoint and compare with its manifest.
+
+    Returns
+    -------
+    dict
+        The manifest: ``step`` and ``files`` (name -> ``bytes``, ``sha256``).
+
+    Raises
+    ------
+    OperationError
+        Naming the file that is missing or damaged.
+    """
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        files, step = dict(manifest["files"]), int(manifest["step"])
+        described = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise OperationError(f"checkpoint {folder}: manifest.json cannot be read ({reason(error)})") from None
+    if folder.name != f"step-{step:08d}":
+        raise OperationError(f"checkpoint {folder}: manifest.json is that of step {step}")
+    present = {path.name for path in folder.iterdir()} - {"manifest.json"}
+    if present != set(described):
+        odd = sorted(present ^ set(described))[0]
+        raise OperationError(f"checkpoint {folder}: {odd} is {'not in the manifest' if odd in present else 'missing'}")
+    for name, (size, digest) in described.items():
+        path = folder / name
+        if path.stat().st_size != size:
+            raise OperationError(f"checkpoint {folder}: {name} has {path.stat().st_size} bytes and should have {size}")
+        if _sha256(path) != digest:
+            raise OperationError(f"checkpoint {folder}: {name} is damaged (its SHA-256 differs from the manifest's)")
+    return dict(manifest)
+
+
+def newest_good(run_folder: Path) -> Path:
+    """The newest checkpoint that is whole; damaged ones before it are passed over with a warning.
+
+    Raises
+    ------
+    OperationError
+        If the run has no checkpoint, or none that is whole.
+    """
+    candidates = folders(run_folder)
+    if not candidates:
+        raise OperationError(f"run {run_folder.name} has no checkpoint yet")
+    for folder in candidates:
+        try:
+            verify(folder)
+        except OperationError as error:
+            logger.warning("%s; an older checkpoint is used", error)
+        else:
+            return folder
+    raise OperationError(
+        f"none of the {len(candidates)} checkpoints of run {run_folder.name} is whole; remove {candidates[0].parent} "
+        "and train anew"
+    )
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """A checkpoint's state that is no tensor."""
+    return dict(json.loads((folder / "state.json").read_text(encoding="utf-8")))
+
+
+def load(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Fill tensors in place with a checkpoint's values; keys that aren't asked for are not read.
+
+    Raises
+    ------
+    OperationError
+        If a key is missing there or has another shape.
+    """
+    try:
+        with _dcp():
+            state_dict_loader.load(
+                dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=_single_process()
+            )
+    except (OSError, SafetensorError, RuntimeError, ValueError, AssertionError) as error:
+        raise OperationError(f"checkpoint {folder} doesn't fit this run: {reason(error)}") from error
+
+
+def load_weights(folder: Path, decoder: Decoder) -> None:
+    """Fill a decoder with a checkpoint's weights.
+
+    Raises
+    ------
+    OperationError
+        If the checkpoint is of another network.
+    """
+    load(folder, {f"model.{name}": tensor for name, tensor in decoder.state_dict().items()})
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong, in a few words: the system's own words where the system said no."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return "the disk is full" if error.errno in {errno.ENOSPC, errno.EDQUOT} else os.strerror(error.errno)
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _write_tensors(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    file_of, file, filled = {}, 1, 0
+    for key, tensor in tensors.items():
+        if filled and filled + tensor.nbytes > _FILE_BYTES:
+            file, filled = file + 1, 0
+        filled += tensor.nbytes
+        file_of[key] = file
+    writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=file_of, save_distributed=True)
+    with _dcp():
+        state_dict_saver.save(dict(tensors), storage_writer=writer, no_dist=_single_process())
+
+
+def _manifest(folder: Path, step: int) -> dict[str, Any]:
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(folder.iterdir())}
+    return {"format": 1, "step": step, "files": files}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _clear_leftovers(parent: Path) -> None:
+    for leftover in parent.glob(".step-*.tmp"):
+        shutil.rmtree(leftover)
+
+
+def _flush_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _single_process() -> bool:
+    return not (torch.distributed.is_available() and torch.distributed.is_initialized())
+
+
+@contextlib.contextmanager
+def _dcp() -> Iterator[None]:
+    """Around DCP's verbs: its failures as what caused them, and no remark that one process is one process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        try:
+            yield
+        except CheckpointException as error:  # A BaseException that wraps even a KeyboardInterrupt.
+            raise next(iter(error.failures.values()))[0] from None
