@@ -1,0 +1,171 @@
+"""A run in the terminal: a live panel for people, plain lines for logs.
+
+The panel draws from a run's status and the losses logged so far, so that the process which trains and `runs watch`
+show the same.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from types import TracebackType
+from typing import Any, Protocol
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from modelworks.train.record import Status
+
+_BLOCKS = " ▁▂▃▄▅▆▇█"
+_LINE_EVERY_S = 10.0
+
+
+class View(Protocol):
+    """What shows a run while it goes on."""
+
+    def __enter__(self) -> View: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def show(self, status: Status, rows: Iterable[Mapping[str, Any]] = ()) -> None:
+        """Show where the run stands, with the steps logged since the last call."""
+
+
+class LiveView:
+    """A panel that is drawn anew in place."""
+
+    def __init__(self, name: str, console: Console) -> None:
+        self._name, self._console = name, console
+        self._losses: list[float] = []
+        self._live = Live(console=console, refresh_per_second=4, transient=False)
+
+    def __enter__(self) -> LiveView:
+        self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._live.stop()
+
+    def show(self, status: Status, rows: Iterable[Mapping[str, Any]] = ()) -> None:
+        """Draw the panel with the new rows' losses added to the curve."""
+        self._losses += [row["loss"] for row in rows]
+        self._live.update(self._panel(status))
+
+    def restart(self) -> None:
+        """Forget the curve: the run went back to a checkpoint."""
+        self._losses = []
+
+    def _panel(self, status: Status) -> RenderableType:
+        table = Table.grid(padding=(0, 3))
+        for name, value in _facts(status):
+            table.add_row(Text(name, style="dim"), value)
+        parts: list[RenderableType] = [table]
+        if self._losses:
+            width = max(20, min(100, self._console.width - 20))
+            parts = [plot(self._losses, width, 6), *parts]
+        if status.steps:
+            parts.append(ProgressBar(total=_end(status), completed=status.step, width=None))
+        return Panel(Group(*parts), title=f"{self._name}: {status.state}", title_align="left")
+
+
+class PlainView:
+    """A line every few seconds, at each validation and when the state changes."""
+
+    def __init__(self, name: str, console: Console) -> None:
+        self._name, self._console = name, console
+        self._shown, self._state = float("-inf"), ("", "")
+
+    def __enter__(self) -> PlainView:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+    def show(self, status: Status, rows: Iterable[Mapping[str, Any]] = ()) -> None:
+        """Print a line if there is news or some seconds have passed."""
+        state = (status.state, status.message or "")
+        validated = any(row.get("validation_bpb") is not None for row in rows)
+        now = time.monotonic()
+        if state == self._state and not validated and now - self._shown < _LINE_EVERY_S:
+            return
+        self._shown, self._state = now, state
+        facts = "  ".join(f"{name} {value}" for name, value in _facts(status))
+        self._console.print(f"{self._name}: {status.state}  {facts}", highlight=False, soft_wrap=True, markup=False)
+
+
+class NoView:
+    """Shows nothing: for programs."""
+
+    def __enter__(self) -> NoView:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+    def show(self, status: Status, rows: Iterable[Mapping[str, Any]] = ()) -> None:
+        """Nothing."""
+
+
+def view_for(name: str, console: Console) -> LiveView | PlainView:
+    """A panel on a terminal, plain lines elsewhere."""
+    return LiveView(name, console) if console.is_terminal else PlainView(name, console)
+
+
+def plot(values: list[float], width: int, height: int) -> Text:
+    """A curve of `values` in `width` columns and `height` lines of block characters, its range written beside it."""
+    count = min(width, len(values))
+    edges = [round(i * len(values) / count) for i in range(count + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
+    low, high = min(means), max(means)
+    eighths = [1 + round((mean - low) / ((high - low) or 1) * (height * 8 - 1)) for mean in means]
+    lines = []
+    for line in reversed(range(height)):
+        label = f"{high:9.3f} " if line == height - 1 else f"{low:9.3f} " if line == 0 else " " * 10
+        lines.append(label + "".join(_BLOCKS[max(0, min(8, eighth - line * 8))] for eighth in eighths))
+    return Text("\n".join(lines), style="cyan", no_wrap=True)
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it: ``2h 05min``, ``3min 20s``, ``14s``."""
+    total = round(seconds)
+    if total >= 3600:
+        return f"{total // 3600}h {total % 3600 // 60:02d}min"
+    return f"{total // 60}min {total % 60:02d}s" if total >= 60 else f"{total}s"
+
+
+def _end(status: Status) -> float:
+    """The steps that the run will have made: a time budget ends it before its tokens do."""
+    if status.state == "running" and status.eta_s is not None and status.tokens_per_s and status.step:
+        per_step = status.tokens / status.step
+        return min(float(status.steps or 0), status.step + status.eta_s * status.tokens_per_s / per_step)
+    return float(status.steps or 0) if status.active else float(max(1, status.step))
+
+
+def _facts(status: Status) -> list[tuple[str, str]]:
+    shown = [
+        ("step", f"{status.step:,} of {status.steps:,}" if status.steps else None),
+        ("tokens", f"{status.tokens:,}" if status.tokens else None),
+        ("loss", _number(status.loss, ".4f")),
+        ("validation", _number(status.validation_bpb, ".4f", " bits per byte")),
+        ("speed", _number(status.tokens_per_s, ",.0f", " tokens/s")),
+        ("MFU", _number(status.mfu, ".1%")),
+        ("ETA", duration(status.eta_s) if status.eta_s is not None else None),
+        ("note", status.message),
+    ]
+    return [(name, value) for name, value in shown if value]
+
+
+def _number(value: float | None, form: str, unit: str = "") -> str | None:
+    return None if value is None else format(value, form) + unit
