@@ -8,39 +8,45 @@ every error becomes one sentence (`InputError`) that names the field, the value 
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, TypeVar
+from decimal import Decimal
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from modelworks.spec.errors import InputError
 
-_DURATION_S = {"ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
-_BYTES = {"B": 1} | {
-    f"{prefix}{suffix}": base**power
+_DURATION_S = {
+    unit: Decimal(size) for unit, size in (("ms", "0.001"), ("s", 1), ("min", 60), ("h", 3600), ("d", 86400))
+}
+_BYTES = {"B": Decimal(1)} | {
+    f"{prefix}{suffix}": Decimal(base**power)
     for power, prefix in enumerate("KMGTP", start=1)
     for suffix, base in (("B", 1000), ("iB", 1024))
 }
 _RATE_BYTES = {
-    f"{prefix}{unit}/s": 1000**power / bits
+    f"{prefix}{unit}/s": Decimal(1000**power) / bits
     for power, prefix in enumerate(["", "K", "M", "G", "T"])
     for unit, bits in (("B", 1), ("bit", 8))
 }
-_COUNT = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
-_QUANTITY = re.compile(r"\s*([+-]?\d[\d_]*(?:\.\d+)?(?:[eE][+-]?\d+)?)\s*([A-Za-z/]*)\s*")
+_COUNT = {"K": Decimal(10**3), "M": Decimal(10**6), "B": Decimal(10**9), "T": Decimal(10**12)}
+_QUANTITY = re.compile(r"\s*([+-]?\d+(?:_\d+)*(?:\.\d+)?(?:[eE][+-]?\d+)?)\s*([A-Za-z/]*)\s*")
 
 
-def _quantity(units: Mapping[str, float], example: str) -> BeforeValidator:
+def _quantity(units: Mapping[str, Decimal], example: str) -> BeforeValidator:
+    """Reads ``"2.3TB"`` as a number of base units, exactly; what is not text is left to the field's type."""
+
     def parse(value: Any) -> Any:
         if not isinstance(value, str):
             return value
         matched = _QUANTITY.fullmatch(value)
-        if matched is None or matched[2] not in units:
+        if matched is None or matched[2] not in units or not math.isfinite(float(matched[1])):
             accepted = ", ".join(units)
             raise ValueError(f"a number with one of the units {accepted} is accepted, such as {example!r}")
-        number = float(matched[1].replace("_", "")) * units[matched[2]]
-        return int(number) if number.is_integer() else number
+        number = Decimal(matched[1]) * units[matched[2]]
+        return int(number) if number == number.to_integral_value() else float(number)
 
     return BeforeValidator(parse)
 
@@ -59,9 +65,12 @@ Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
 class Section(BaseModel):
-    """A frozen table of a spec that knows all its keys."""
+    """A frozen table of a spec that knows all its keys.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+    Types are TOML's own: text doesn't stand for a number, nor true for 1; a whole number does where a number is asked.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 SectionType = TypeVar("SectionType", bound=Section)
@@ -95,7 +104,7 @@ def explain(error: ValidationError, kind: type[BaseModel]) -> str:
     faults = error.errors(include_url=False)
     # An unknown key explains a missing one more often than the other way round.
     fault = next((f for f in faults if f["type"] == "extra_forbidden"), faults[0])
-    location = [part for part in fault["loc"] if not _is_branch_label(part)]
+    location = _keys(kind, fault["loc"])
     field = ".".join(map(str, location))
     if fault["type"] == "extra_forbidden":
         known = sorted(known_keys(_section_at(kind, location[:-1])))
@@ -103,11 +112,33 @@ def explain(error: ValidationError, kind: type[BaseModel]) -> str:
         return f"unknown key {field!r}; {nearest(str(location[-1]), known, elsewhere)}"
     if fault["type"] == "missing":
         return f"{field!r} is missing"
-    message = fault["msg"].removeprefix("Value error, ")
-    message = re.sub(r"^Input should", "it should", message)
-    if not field:
-        return message
-    return f"{field} = {_shown(fault['input'])} is not accepted: {message}"
+    # Each branch of a union ("a number or 'auto'") has a fault of its own at the same place.
+    branches = [f for f in faults if _keys(kind, f["loc"]) == location]
+    accepted = " or ".join(dict.fromkeys(map(_accepted, branches)))
+    if fault["type"] == "value_error":
+        if isinstance(fault["input"], Mapping):
+            return f"{field}: {accepted}" if field else accepted
+        return f"{field} = {_shown(fault['input'])} is not accepted: {accepted}"
+    return f"{field} = {_shown(fault['input'])} is not accepted: it should be {accepted}"
+
+
+_ACCEPTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "text in quotes",
+    "list_type": "a list",
+    "dict_type": "a table",
+    "model_type": "a table",
+}
+
+
+def _accepted(fault: Mapping[str, Any]) -> str:
+    """What would have been accepted, in TOML's words instead of Python's."""
+    stated = _ACCEPTED.get(fault["type"])
+    return stated or re.sub(r"^(Value error, |Input should be )", "", fault["msg"])
 
 
 def nearest(given: str, known: Iterable[str], elsewhere: Iterable[str] = ()) -> str:
@@ -156,11 +187,26 @@ def _section_in(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
-def _is_branch_label(part: Any) -> bool:
-    """Whether a location's part is pydantic's name for a branch of a union and not a key."""
-    return isinstance(part, str) and (
-        part in {"int", "float", "str", "bool"} or part[:1].isupper() or "[" in part or "-" in part
-    )
+def _keys(kind: type[BaseModel], location: Iterable[Any]) -> list[Any]:
+    """The keys in a location, without the names that pydantic adds for a union's branches."""
+    keys: list[Any] = []
+    place: Any = kind
+    for part in location:
+        container, section = _container_in(place), _section_in(place)
+        if container is not None:
+            keys.append(part)
+            place = get_args(container)[-1]
+        elif section is not None:
+            keys.append(part)
+            place = section.model_fields[part].annotation if part in section.model_fields else None
+    return keys
+
+
+def _container_in(annotation: Any) -> Any:
+    """The list or table among an annotation's branches, if any."""
+    if get_origin(annotation) in {dict, list}:
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _container_in(part)) is not None), None)
 
 
 def _shown(value: Any) -> str:

@@ -16,9 +16,14 @@ from modelworks.spec import catalog
 from modelworks.spec.errors import InputError
 from modelworks.spec.fields import Section, dotted_keys, nearest, validate
 from modelworks.spec.hardware import ClusterSpec, DeviceSpec
+from modelworks.spec.home import hardware_file
 from modelworks.spec.huggingface import model_from_config
 from modelworks.spec.model import ModelSpec
 from modelworks.spec.run import RunSpec
+
+
+_PRESETS: dict[str, catalog.Kind] = {"model": "models", "cluster": "clusters"}
+_MODEL_EXAMPLE = 'give a preset (model = "grok-tiny"), a config (model.hf = "config.json") or the fields themselves'
 
 
 def load_run(path: str | Path, overrides: Iterable[str] = ()) -> RunSpec:
@@ -57,18 +62,21 @@ def loads_run(text: str, overrides: Iterable[str] = (), where: str = "run spec",
 
 
 def run_from(values: Mapping[str, Any], where: str = "run spec", folder: Path | None = None) -> RunSpec:
-    """Build a run spec from plain values, presets filled in."""
+    """Build a run spec from plain values, presets filled in and paths made absolute."""
     values = dict(values)
-    model = values.get("model")
-    if isinstance(model, str):
-        model = {"preset": model}
-    if isinstance(model, Mapping):
-        values["model"] = _with_preset("models", model, folder)
-    cluster = values.get("cluster")
-    if isinstance(cluster, str):
-        cluster = {"preset": cluster}
-    if isinstance(cluster, Mapping):
-        values["cluster"] = _with_preset("clusters", cluster, folder)
+    if "model" not in values:
+        raise InputError(f"{where}: 'model' is missing: {_MODEL_EXAMPLE}")
+    for section, kind in _PRESETS.items():
+        given = values.get(section)
+        if isinstance(given, str):
+            given = {"preset": given}
+        if isinstance(given, Mapping):
+            values[section] = _with_preset(kind, given, folder)
+    cluster, data = values.get("cluster"), values.get("data")
+    if isinstance(cluster, dict) and str(cluster.get("device", "")).endswith(".toml"):
+        cluster["device"] = _from_folder(cluster["device"], folder)
+    if isinstance(data, Mapping):
+        values["data"] = _with_paths(data, folder)
     return validate(RunSpec, values, where)
 
 
@@ -87,9 +95,15 @@ def cluster_spec(name: str | Path, gpus: int | None = None) -> ClusterSpec:
 
 
 def device_spec(name: str | Path) -> DeviceSpec:
-    """A device by its catalog name or the path of a hardware file."""
-    found = catalog.entry("hardware", str(name))
-    return validate(DeviceSpec, {"name": found.name} | found.values, where=f"hardware {name}")
+    """A device by its catalog name or the path of a hardware file.
+
+    ``local`` is this machine as `modelworks bench` measured it, or the catalog's stand-in before that.
+    """
+    measured = hardware_file()
+    found = catalog.entry("hardware", str(measured) if name == "local" and measured.is_file() else str(name))
+    return validate(
+        DeviceSpec, {"name": str(name) if name == "local" else found.name} | found.values, where=f"hardware {name}"
+    )
 
 
 def dumps(section: Section) -> str:
@@ -98,7 +112,10 @@ def dumps(section: Section) -> str:
 
 
 def _with_preset(kind: catalog.Kind, given: Mapping[str, Any], folder: Path | None) -> dict[str, Any]:
-    """The preset's fields with the given ones over them."""
+    """The preset's fields with the given ones over them.
+
+    The name of a catalog entry stays in the result; a file's path doesn't, since the result stands without the file.
+    """
     given = dict(given)
     config = given.pop("hf", None) if kind == "models" else None
     preset = given.get("preset")
@@ -108,9 +125,22 @@ def _with_preset(kind: catalog.Kind, given: Mapping[str, Any], folder: Path | No
             raise InputError("model: give either preset or hf, not both")
         base = model_from_config(_from_folder(str(config), folder)).model_dump(exclude_none=True)
     elif isinstance(preset, str):
-        found = catalog.entry(kind, _from_folder(preset, folder) if preset.endswith(".toml") else preset)
+        if preset.endswith(".toml"):
+            preset = _from_folder(given.pop("preset"), folder)
+        found = catalog.entry(kind, preset)
         base = {"name": found.name} | found.values
     return _merge(base, given)
+
+
+def _with_paths(data: Mapping[str, Any], folder: Path | None) -> dict[str, Any]:
+    """A data section whose files are absolute paths, so that a run finds them from anywhere."""
+    data = dict(data)
+    files, tokenizer = data.get("files"), data.get("tokenizer")
+    if isinstance(files, list):
+        data["files"] = [_from_folder(file, folder) if isinstance(file, str) else file for file in files]
+    if isinstance(tokenizer, str) and tokenizer != "bpe":
+        data["tokenizer"] = _from_folder(tokenizer, folder)
+    return data
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,8 +152,7 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _from_folder(path: str, folder: Path | None) -> str:
-    expanded = Path(path).expanduser()
-    return str(expanded if folder is None or expanded.is_absolute() else folder / expanded)
+    return str((folder or Path()).absolute() / Path(path).expanduser())
 
 
 def _override(values: dict[str, Any], override: str) -> None:
@@ -138,15 +167,24 @@ def _override(values: dict[str, Any], override: str) -> None:
             f"--set {field}: unknown field; "
             + nearest(field, known, [k for k in known if k.rsplit(".", 1)[-1] == field])
         )
-    try:
-        value = tomllib.loads(f"value = {text.strip()}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()
     *tables, key = field.split(".")
     table = values
     for name in tables:
         inner = table.get(name, {})
         # A section given by its preset's name alone ("model = 'grok-tiny'") becomes a table.
-        table[name] = {"preset": inner} if isinstance(inner, str) else dict(inner)
+        if isinstance(inner, str) and name in _PRESETS:
+            inner = {"preset": inner}
+        if not isinstance(inner, dict):
+            raise InputError(f"--set {field}: {name} = {inner!r} in the file is not a table")
+        table[name] = dict(inner)
         table = table[name]
-    table[key] = value
+    table[key] = _value(text.strip())
+
+
+def _value(text: str) -> Any:
+    """A value as TOML writes it; what TOML can't read is taken as text."""
+    try:
+        read = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    return read["value"] if len(read) == 1 else text

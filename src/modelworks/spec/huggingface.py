@@ -5,13 +5,22 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from modelworks.spec.errors import InputError
 from modelworks.spec.fields import nearest, validate
 from modelworks.spec.model import ModelSpec
 
 _KNOWN = ["llama", "mistral", "mixtral", "qwen3", "grok-1"]
+Layout = Literal["grok-1", "grok-1-vllm", "llama", "qwen3", "mixtral"]
+"""The layouts of Hugging Face folders that are written; `grok-1` is SGLang's, `grok-1-vllm` that of vLLM <= 0.24."""
+_ARCHITECTURES: dict[Layout, str] = {
+    "grok-1": "Grok1ForCausalLM",
+    "grok-1-vllm": "Grok1ModelForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+}
 
 
 def model_from_config(path: str | Path) -> ModelSpec:
@@ -86,3 +95,100 @@ def spec_values(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     except KeyError as error:
         raise InputError(f"{where}: the field {error} is missing for model_type = {kind!r}") from None
     return {key: value for key, value in values.items() if value is not None}
+
+
+def layout_of(model: ModelSpec) -> Layout:
+    """The layout that a network has a place in, judged by its few telling fields."""
+    if model.norm_placement == "sandwich":
+        return "grok-1"
+    if model.moe is not None:
+        return "mixtral"
+    return "qwen3" if model.qk_norm else "llama"
+
+
+def config_from_model(model: ModelSpec, layout: Layout | None = None, dtype: str = "float32") -> dict[str, Any]:
+    """Write a network's ``config.json``, as plain values.
+
+    Parameters
+    ----------
+    model
+        The network.
+    layout
+        Whose names are used; that of `layout_of` if unset.
+    dtype
+        The weights' precision, as PyTorch names it.
+
+    Raises
+    ------
+    InputError
+        If a field of the network has no place in the config: what is written always reads back as the same network.
+    """
+    layout = layout or layout_of(model)
+    config: dict[str, Any] = {
+        "architectures": [_ARCHITECTURES[layout]],
+        "model_type": "grok-1" if layout == "grok-1-vllm" else layout,
+        "num_hidden_layers": model.layers,
+        "hidden_size": model.hidden,
+        "intermediate_size": model.ffn_hidden,
+        "num_attention_heads": model.heads,
+        "num_key_value_heads": model.kv_heads,
+        "head_dim": model.head_dim,
+        "vocab_size": model.vocab,
+        "max_position_embeddings": model.context,
+        "hidden_act": "gelu_pytorch_tanh" if model.activation == "gelu" else "silu",
+        "rms_norm_eps": model.norm_eps,
+        "rope_theta": model.rope_base,
+        "tie_word_embeddings": model.tied_embeddings,
+        "attention_bias": model.attention_bias,
+        "mlp_bias": model.mlp_bias,
+        "torch_dtype": dtype,
+    }
+    if model.rope_scaling is not None:
+        config["rope_scaling"] = {key: value for key, value in model.rope_scaling.items() if key != "rope_theta"}
+    if layout == "mixtral" and model.moe is not None:
+        config |= {"num_local_experts": model.moe.experts, "num_experts_per_tok": model.moe.top_k}
+        config["intermediate_size"] = model.moe.expert_hidden
+        config["sliding_window"] = None
+    if layout in ("grok-1", "grok-1-vllm"):
+        config |= _grok_fields(model, layout)
+    _refuse_lossy(model, config, layout)
+    return config
+
+
+def _grok_fields(model: ModelSpec, layout: Layout) -> dict[str, Any]:
+    """What Grok-1's config has beside the common fields, under SGLang's names and the older ones that vLLM reads."""
+    fields: dict[str, Any] = {
+        "attn_output_multiplier": model.attention_scale,
+        "attn_logit_softcapping": model.attention_softcap or 0.0,
+        "embedding_multiplier_scale": model.embedding_multiplier,
+        "output_multiplier_scale": model.output_multiplier,
+        "pad_token_id": 0,
+    }
+    if model.moe is not None:
+        fields |= {
+            "num_local_experts": model.moe.experts,
+            "num_experts_per_tok": model.moe.top_k,
+            "moe_intermediate_size": model.moe.expert_hidden,
+        }
+    if layout == "grok-1":
+        # The experts lie in ordinary files, at every degree of tensor parallelism.
+        fields["load_presharded_moe"] = False
+    else:
+        experts = model.moe.experts if model.moe else 0
+        fields |= {"max_attn_value": model.attention_softcap or 0.0, "num_experts": experts}
+        fields["router_logit_softcapping"] = 0.0
+    return fields
+
+
+def _refuse_lossy(model: ModelSpec, config: Mapping[str, Any], layout: Layout) -> None:
+    """Refuse a network that its own config would not give back."""
+    back = validate(ModelSpec, spec_values(config, "config.json"), where="config.json")
+    for field in ModelSpec.model_fields:
+        given, read = getattr(model, field), getattr(back, field)
+        if field in ("name", "preset") or given == read or (field == "ffn_hidden" and model.dense_layers == 0):
+            continue
+        if field == "attention_multiplier" and model.attention_scale == back.attention_scale:
+            continue
+        raise InputError(
+            f"model.{field} = {given!r} has no place in the config of {_ARCHITECTURES[layout]}: {read!r} is accepted"
+        )

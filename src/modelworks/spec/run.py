@@ -6,17 +6,28 @@ catalog by `spec.files` before they come here, so a `RunSpec` is always complete
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from modelworks.spec.fields import Count, Duration, Fraction, PositiveFloat, PositiveInt, Section
+from modelworks.spec.fields import Bytes, Count, Duration, Fraction, PositiveFloat, PositiveInt, Section
 from modelworks.spec.hardware import ClusterSpec
 from modelworks.spec.model import ModelSpec
 
 Degree = PositiveInt | Literal["auto"]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
+
+
+def _usable_as_folder(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+        raise ValueError("up to 64 letters, digits, '.', '_' and '-' are accepted, a letter or digit first")
+    return name
+
+
+RunName = Annotated[str, AfterValidator(_usable_as_folder)]
+"""A run's name, which names its folder as well."""
 
 
 class DataSpec(Section):
@@ -37,13 +48,15 @@ class DataSpec(Section):
     max_bad_fraction: Fraction = 0.01
     """How many records may be unreadable before the run stops."""
     max_documents: PositiveInt | None = None
-    max_bytes: Count | None = None
+    max_bytes: Bytes | None = None
     """Stop reading the source after so many bytes of text."""
 
     @model_validator(mode="after")
     def _known_source(self) -> DataSpec:
         if self.source not in {"stdlib", "files"} and not self.source.startswith("hf:"):
             raise ValueError(f"data.source = {self.source!r} is not accepted: stdlib, files or hf:DATASET is")
+        if self.source == "hf:":
+            raise ValueError("data.source = 'hf:' names no dataset: hf:DATASET is accepted")
         if self.source == "files" and not self.files:
             raise ValueError('data.files is missing: data.source = "files" needs at least one file, folder or pattern')
         return self
@@ -140,7 +153,7 @@ class ReleaseSpec(Section):
 class RunSpec(Section):
     """A run: everything that `plan`, `simulate`, `train` and `release` need to know."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = "run"
+    name: RunName = "run"
     model: ModelSpec
     data: DataSpec = DataSpec()
     train: TrainSpec = TrainSpec()
@@ -153,14 +166,15 @@ class RunSpec(Section):
 
     @model_validator(mode="after")
     def _divisible(self) -> RunSpec:
-        model, train, parallel = self.model, self.train, self.parallel
+        model, moe, train, parallel = self.model, self.model.moe, self.train, self.parallel
         if train.seq_len > model.context:
             raise ValueError(f"train.seq_len = {train.seq_len} is longer than model.context = {model.context}")
         for field, degree, what, size in (
             ("tensor", parallel.tensor, "model.heads", model.heads),
             ("tensor", parallel.tensor, "model.kv_heads", model.kv_heads),
             ("context", parallel.context, "train.seq_len", train.seq_len),
-            ("expert", parallel.expert, "model.moe.experts", model.moe.experts if model.moe else None),
+            ("expert", parallel.expert, "model.moe.experts", moe.experts if moe else None),
+            ("expert_tensor", parallel.expert_tensor, "model.moe.expert_hidden", moe.expert_hidden if moe else None),
             ("data", parallel.data, "train.global_batch", train.global_batch),
         ):
             if degree == "auto" or degree == 1:
@@ -175,14 +189,20 @@ class RunSpec(Section):
                 f"needs more layers than model.layers = {model.layers}"
             )
         self._fills_cluster()
-        if train.micro_batch != "auto" and train.global_batch % (
-            train.micro_batch * (1 if parallel.data == "auto" else parallel.data)
-        ):
-            raise ValueError(
-                f"train.micro_batch = {train.micro_batch} times parallel.data = {parallel.data} doesn't "
-                f"divide train.global_batch = {train.global_batch}"
-            )
+        self._fills_global_batch()
         return self
+
+    def _fills_global_batch(self) -> None:
+        """Refuse a micro batch that doesn't divide the sequences of one data-parallel rank."""
+        micro_batch, data, global_batch = self.train.micro_batch, self.parallel.data, self.train.global_batch
+        if micro_batch == "auto":
+            return
+        ranks = 1 if data == "auto" else data
+        if global_batch % (micro_batch * ranks):
+            times = f" times parallel.data = {data}" if ranks > 1 else ""
+            raise ValueError(
+                f"train.micro_batch = {micro_batch}{times} doesn't divide train.global_batch = {global_batch}"
+            )
 
     def _fills_cluster(self) -> None:
         """Refuse degrees whose product doesn't divide the devices (or isn't equal, where every degree is given)."""

@@ -63,7 +63,6 @@ def entries(kind: Kind) -> Iterator[Entry]:
     return (entry(kind, name) for name in names(kind))
 
 
-@cache
 def entry(kind: Kind, name: str) -> Entry:
     """Read one entry by its name, or a file of the user's by its path (it ends in ``.toml``).
 
@@ -74,13 +73,28 @@ def entry(kind: Kind, name: str) -> Entry:
     """
     if kind not in get_args(Kind):
         raise InputError(f"the catalog has no {kind!r}; {nearest(kind, get_args(Kind))}")
-    own = name.endswith(".toml")
-    path = Path(name).expanduser() if own else _FOLDER / kind / f"{name}.toml"
-    if not own and ("/" in name or not path.is_file()):
+    if name.endswith(".toml"):
+        path = Path(name).expanduser()
+        return _read(kind, path, {"source": f"file {path}", "certainty": "assumed"})
+    if name not in names(kind):
         raise InputError(f"no preset {name!r} in {kind}; {nearest(name, names(kind))}")
+    return _packaged(kind, name)
+
+
+@cache
+def _packaged(kind: Kind, name: str) -> Entry:
+    return _read(kind, _FOLDER / kind / f"{name}.toml", {})
+
+
+def _read(kind: Kind, path: Path, unstated: dict[str, Any]) -> Entry:
+    """Read one file; `unstated` is the provenance of a file that has none."""
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as TOML: {error}") from None
-    stated = values.pop("provenance", {"source": f"file {path}", "certainty": "assumed"} if own else {})
-    return Entry(kind, path.stem, values, validate(Provenance, stated, where=f"{path.name} [provenance]"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"{path}: not TOML: {error}") from None
+    provenance = values.pop("provenance", unstated)
+    if not isinstance(provenance, dict):
+        raise InputError(f"{path}: provenance = {provenance!r} is not accepted: it should be a table")
+    return Entry(kind, path.stem, values, validate(Provenance, provenance, where=f"{path.name} [provenance]"))
