@@ -21,7 +21,6 @@ from modelworks.spec.huggingface import model_from_config
 from modelworks.spec.model import ModelSpec
 from modelworks.spec.run import RunSpec
 
-
 _PRESETS: dict[str, catalog.Kind] = {"model": "models", "cluster": "clusters"}
 _MODEL_EXAMPLE = 'give a preset (model = "grok-tiny"), a config (model.hf = "config.json") or the fields themselves'
 
