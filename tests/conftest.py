@@ -6,6 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# A busy machine is not a failure.
+settings.register_profile("modelworks", deadline=None)
+settings.load_profile("modelworks")
 
 _REPOSITORY = Path(__file__).parent.parent
 
