@@ -1,0 +1,39 @@
+"""What an API request can end with, as exceptions that carry their HTTP status and OpenAI's error code."""
+
+from __future__ import annotations
+
+from modelworks.spec.errors import InputError
+
+
+class RequestError(InputError):
+    """A request that can't be answered as it was asked.
+
+    Parameters
+    ----------
+    message : str
+        One sentence for the developer who sent it.
+    status : int
+        The HTTP status, 4xx.
+    code : str
+        OpenAI's machine-readable code, such as ``context_length_exceeded``.
+    param : str
+        The field at fault.
+    """
+
+    def __init__(self, message: str, *, status: int = 400, code: str | None = None, param: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.param = param
+
+
+class UnknownModelError(RequestError):
+    """No model of that name is served (404)."""
+
+    def __init__(self, name: str, known: list[str]) -> None:
+        accepted = (
+            f"served are {', '.join(known)}" if known else "none is stored yet; modelworks models pull fetches one"
+        )
+        super().__init__(
+            f"the model {name!r} does not exist: {accepted}", status=404, code="model_not_found", param="model"
+        )
