@@ -7,8 +7,12 @@ and an exit code: 1 for work that failed, 2 for input that can't be used.
 
 from __future__ import annotations
 
+import json
+import signal
 import sys
-from typing import Annotated
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -32,6 +36,7 @@ app.add_typer(models_app, name="models")
 app.add_typer(import_app, name="import")
 app.add_typer(spec_app, name="spec")
 console = Console()
+RunName = Annotated[str, typer.Argument(metavar="RUN", help="A run's name, as `runs list` shows it.")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table for people.")]
 
 
@@ -46,7 +51,225 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 # --- train, runs ------------------------------------------------------------------------------------------------------
 
+
+@app.command("bench")
+def _bench(as_json: JsonFlag = False) -> None:
+    """Measure this machine (matrix multiplication, memory) into a hardware file that planning reads. Takes 5 seconds.
+
+    Example: [bold]modelworks bench --json[/bold]
+    """
+    from rich.progress import Progress
+
+    from modelworks.train.machine import measure, write_hardware_file
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("measuring", total=1.0)
+        device = measure(progress=lambda what, done: progress.update(task, description=what, completed=done))
+    path = write_hardware_file(device)
+    if as_json:
+        print(json.dumps({"file": str(path)} | device.model_dump(mode="json", exclude_none=True), indent=1))
+        return
+    for precision, rate in device.peak_flops.items():
+        console.print(f"matrix multiplication in {precision}: {rate / 1e9:,.1f} GFLOP/s")
+    console.print(f"memory: {device.memory_bandwidth_bytes / 1e9:,.1f} GB/s, {device.memory_bytes / 2**30:.1f} GiB")
+    console.print(f"written to {path}", soft_wrap=True)
+
+
+@app.command("train")
+def _train(
+    file: Annotated[Path, typer.Argument(metavar="RUN.toml", help="The run spec.")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a field: train.seq_len=256.")
+    ] = None,
+    on: Annotated[str, typer.Option("--on", help="Where to train: local.")] = "local",
+    nproc: Annotated[int, typer.Option("--nproc", help="Processes: 1.")] = 1,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run from its last good checkpoint.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Train a run, and release it where its spec says so.
+
+    Ctrl-C and SIGTERM save a checkpoint and stop (exit codes 130 and 0); a second Ctrl-C ends at once.
+
+    Example: [bold]modelworks train examples/first-run.toml --set train.tokens=500_000[/bold]
+    """
+    from modelworks.spec.files import load_run
+    from modelworks.train.view import NoView, view_for
+    from modelworks.train_command import refuse_engine, train_and_release, with_absolute_paths
+
+    refuse_engine(on, nproc)
+    spec = with_absolute_paths(load_run(file, overrides or []), file.parent)
+    view = NoView() if as_json else view_for(spec.name, console)
+    say = (lambda text: None) if as_json else console.print
+    result, released = train_and_release(spec, resume, view, say)
+    summary = {"name": spec.name, "folder": str(result.checkpoint.parents[1])} | result.as_dict()
+    if as_json:
+        print(json.dumps(summary | {"released": released}, indent=1))
+    else:
+        _print_summary(summary, released)
+    if result.received == signal.SIGINT:
+        raise typer.Exit(130)
+
+
+def _print_summary(summary: dict[str, Any], released: dict[str, Any] | None) -> None:
+    console.print(f"{summary['name']} {summary['state']} after {summary['step']:,} steps in {summary['folder']}")
+    if summary["state"] == "stopped":
+        console.print("go on with the same command and --resume")
+    if released is not None:
+        for kind, path in released["files"].items():
+            console.print(f"released {kind}: {path}")
+        if released["served_as"]:
+            console.print(f"talk to it: modelworks chat {released['served_as']}")
+
+
+@runs_app.command("list")
+def _runs_list(as_json: JsonFlag = False) -> None:
+    """List the runs on this machine, the newest first.
+
+    Example: [bold]modelworks runs list --json[/bold]
+    """
+    from modelworks.train.record import list_runs
+    from modelworks.train.view import runs_table
+
+    found = [(record, record.status()) for record in list_runs()]
+    if as_json:
+        print(json.dumps([{"name": record.name} | status.as_dict() for record, status in found], indent=1))
+    elif found:
+        console.print(runs_table([(record.name, status) for record, status in found]))
+    else:
+        console.print("no runs yet; begin one with: modelworks train RUN.toml")
+
+
+@runs_app.command("show")
+def _runs_show(run: RunName, as_json: JsonFlag = False) -> None:
+    """Show where a run stands.
+
+    Example: [bold]modelworks runs show first-run[/bold]
+    """
+    from modelworks.train.record import RunRecord
+    from modelworks.train.view import panel
+
+    record = RunRecord(run)
+    status, rows = record.status(), record.metrics()
+    if as_json:
+        shown = {"name": record.name, "folder": str(record.folder)} | status.as_dict()
+        extra = {
+            "checkpoints": [path.name for path in record.checkpoints()],
+            "last": rows[-1] if rows else None,
+            "spec": record.spec().model_dump(mode="json", exclude_none=True),
+        }
+        print(json.dumps(shown | extra, indent=1))
+    else:
+        console.print(panel(record.name, status, [row["loss"] for row in rows], console.width))
+
+
+@runs_app.command("watch")
+def _runs_watch(run: RunName) -> None:
+    """Watch a run until it ends; Ctrl-C stops the watching, not the run.
+
+    Example: [bold]modelworks runs watch first-run[/bold]
+    """
+    from modelworks.train.record import RunRecord
+    from modelworks.train.view import watch
+
+    watch(RunRecord(run), console)
+
+
+@runs_app.command("stop")
+def _runs_stop(
+    run: RunName,
+    wait: Annotated[float, typer.Option(help="Seconds to wait until it has saved.")] = 60.0,
+    as_json: JsonFlag = False,
+) -> None:
+    """Ask a run to save a checkpoint and stop.
+
+    Example: [bold]modelworks runs stop first-run[/bold]
+    """
+    from modelworks.train.record import RunRecord
+
+    record = RunRecord(run)
+    ended = record.stop(wait)
+    if as_json:
+        print(json.dumps({"name": record.name, "ended": ended} | record.status().as_dict(), indent=1))
+    else:
+        status = record.status()
+        console.print(f"{record.name} {status.state}" + ("" if ended else "; it was asked to stop and is still saving"))
+
+
+@runs_app.command("compare")
+def _runs_compare(run: RunName, as_json: JsonFlag = False) -> None:
+    """Hold a run's plan against what was measured.
+
+    Example: [bold]modelworks runs compare first-run --json[/bold]
+    """
+    from modelworks.train.record import RunRecord
+    from modelworks.train.view import comparison_table
+    from modelworks.train_command import compare
+
+    compared = compare(RunRecord(run))
+    if as_json:
+        print(json.dumps(compared, indent=1))
+    else:
+        console.print(comparison_table(compared))
+
+
 # --- release, import, verify ------------------------------------------------------------------------------------------
+
+Result = TypeVar("Result")
+OutFolder = Annotated[Path, typer.Option("--out", help="The folder to write; it must not exist.")]
+WeightType = Annotated[str, typer.Option("--dtype", help="Of the weights: float32, bfloat16 or float16.")]
+
+
+def _with_progress(work: Callable[[Callable[[str, int, int], None]], Result]) -> Result:
+    """Do work that tells of its progress, under a progress bar on the terminal."""
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None)
+        return work(lambda what, done, total: bar.update(task, description=what, completed=done, total=total or None))
+
+
+@import_app.command("grok-1")
+def import_grok1_command(
+    folder: Annotated[Path, typer.Argument(help="The release: the folder that holds ckpt-0.")],
+    out: OutFolder,
+    config: Annotated[Path | None, typer.Option(help="A manifest.json; Grok-1's own constants without it.")] = None,
+    dtype: WeightType = "float32",
+) -> None:
+    """Turn Grok-1's released checkpoint into a Hugging Face folder.
+
+    Example: modelworks import grok-1 checkpoints --out grok-1 --dtype bfloat16
+    """
+    from modelworks.release.grok1 import import_grok1
+
+    spec = _with_progress(lambda progress: import_grok1(folder, out, config, dtype, progress))
+    console.print(f"{spec.parameters.total:,} parameters in {out}", soft_wrap=True)
+
+
+@app.command()
+def verify(
+    model: Annotated[Path, typer.Argument(help="A Hugging Face folder, or a run's folder.")],
+    logits: Annotated[Path, typer.Option(help="An .npz with tokens (B, T) and logits (B, T, V).")],
+    tolerance: Annotated[float, typer.Option(help="Of the largest difference, in reference standard deviations.")] = 2e-3,
+    as_json: JsonFlag = False,
+) -> None:
+    """Hold a model's fp32 logits against reference ones; exit code 1 if they differ.
+
+    Example: modelworks verify grok-1-tiny --logits logits_float32.npz --json
+    """
+    from modelworks.release.verify import verify as verify_model
+
+    result = verify_model(model, logits, tolerance)
+    if as_json:
+        print(json.dumps(result.as_dict()))
+    else:
+        console.print(
+            f"{result.tokens} tokens: largest difference {result.max_abs:.3g}, "
+            f"{result.max_rel_std:.3g} standard deviations of the reference (at most {result.tolerance:g})",
+            soft_wrap=True,
+        )
+    if not result.passed:
+        raise OperationError(f"{model}: logits differ by {result.max_rel_std:.3g}, more than {result.tolerance:g}")
+
 
 # --- models, serve, chat ----------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,5 @@ def _wandb_run(folder: Path) -> Any:
     """A run at Weights & Biases, if the user has asked for one and has it installed."""
     if not os.environ.get("WANDB_PROJECT") or find_spec("wandb") is None:
         return None
-    import wandb
-
+    wandb = import_module("wandb")
     return wandb.init(project=os.environ["WANDB_PROJECT"], name=folder.name, id=folder.name, resume="allow")

@@ -6,6 +6,7 @@ show the same.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterable, Mapping
 from types import TracebackType
@@ -18,7 +19,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from modelworks.train.record import Status
+from modelworks.train.record import MetricsReader, RunRecord, Status
 
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 _LINE_EVERY_S = 10.0
@@ -57,23 +58,11 @@ class LiveView:
     def show(self, status: Status, rows: Iterable[Mapping[str, Any]] = ()) -> None:
         """Draw the panel with the new rows' losses added to the curve."""
         self._losses += [row["loss"] for row in rows]
-        self._live.update(self._panel(status))
+        self._live.update(panel(self._name, status, self._losses, self._console.width))
 
     def restart(self) -> None:
         """Forget the curve: the run went back to a checkpoint."""
         self._losses = []
-
-    def _panel(self, status: Status) -> RenderableType:
-        table = Table.grid(padding=(0, 3))
-        for name, value in _facts(status):
-            table.add_row(Text(name, style="dim"), value)
-        parts: list[RenderableType] = [table]
-        if self._losses:
-            width = max(20, min(100, self._console.width - 20))
-            parts = [plot(self._losses, width, 6), *parts]
-        if status.steps:
-            parts.append(ProgressBar(total=_end(status), completed=status.step, width=None))
-        return Panel(Group(*parts), title=f"{self._name}: {status.state}", title_align="left")
 
 
 class PlainView:
@@ -82,6 +71,9 @@ class PlainView:
     def __init__(self, name: str, console: Console) -> None:
         self._name, self._console = name, console
         self._shown, self._state = float("-inf"), ("", "")
+
+    def restart(self) -> None:
+        """Lines that are printed stay."""
 
     def __enter__(self) -> PlainView:
         return self
@@ -123,11 +115,63 @@ def view_for(name: str, console: Console) -> LiveView | PlainView:
     return LiveView(name, console) if console.is_terminal else PlainView(name, console)
 
 
+def watch(record: RunRecord, console: Console) -> None:
+    """Show a run until it ends. The run doesn't notice."""
+    reader = MetricsReader(record.folder)
+    with view_for(record.name, console) as view:
+        while True:
+            status = record.status()
+            rows, restarted = reader.read()
+            if restarted:
+                view.restart()
+            view.show(status, rows)
+            if not status.active:
+                return
+            time.sleep(0.5)
+
+
+def panel(name: str, status: Status, losses: list[float], width: int) -> Panel:
+    """A run at a glance: the curve of its loss, its figures, how far it is; `width` is the terminal's."""
+    parts: list[RenderableType] = [plot(losses, max(20, min(100, width - 20)), 6)] if losses else []
+    figures = Table.grid(padding=(0, 3))
+    for fact, value in _facts(status):
+        figures.add_row(Text(fact, style="dim"), value)
+    parts.append(figures)
+    if status.steps:
+        parts.append(ProgressBar(total=_end(status), completed=status.step, width=None))
+    return Panel(Group(*parts), title=f"{name}: {status.state}", title_align="left")
+
+
+def runs_table(runs: list[tuple[str, Status]]) -> Table:
+    """Runs with where they stand, one per line."""
+    table = Table("run", "state", "step", "loss", "bits per byte", "tokens/s", "ETA", "note", box=None)
+    for name, status in runs:
+        table.add_row(
+            name,
+            status.state,
+            f"{status.step:,}/{status.steps:,}" if status.steps else "",
+            _number(status.loss, ".4f"),
+            _number(status.validation_bpb, ".4f"),
+            _number(status.tokens_per_s, ",.0f"),
+            duration(status.eta_s) if status.active and status.eta_s is not None else "",
+            f"chat as {status.served_as}" if status.served_as else status.message,
+        )
+    return table
+
+
+def comparison_table(compared: Mapping[str, Mapping[str, float | None]]) -> Table:
+    """A plan beside its measurement, one quantity per line."""
+    table = Table("", "planned", "measured", "measured / planned", box=None)
+    for quantity, values in compared.items():
+        table.add_row(quantity, *(_number(values[column], ".4g") for column in ("planned", "measured", "ratio")))
+    return table
+
+
 def plot(values: list[float], width: int, height: int) -> Text:
     """A curve of `values` in `width` columns and `height` lines of block characters, its range written beside it."""
     count = min(width, len(values))
     edges = [round(i * len(values) / count) for i in range(count + 1)]
-    means = [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
+    means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
     low, high = min(means), max(means)
     eighths = [1 + round((mean - low) / ((high - low) or 1) * (height * 8 - 1)) for mean in means]
     lines = []

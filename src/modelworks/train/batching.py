@@ -1,0 +1,57 @@
+"""How many sequences go through the network at once.
+
+A global batch is made of equal micro batches whose gradients are added. More at once is faster until the processor is
+busy, and then only takes memory: on a CPU a few thousand tokens are enough.
+"""
+
+from __future__ import annotations
+
+import psutil
+
+from modelworks.spec.errors import InputError
+from modelworks.spec.model import ModelSpec
+from modelworks.spec.run import RunSpec
+
+CPU_TOKENS = 8192
+"""Tokens per forward pass beyond which a CPU gets no faster."""
+_MEMORY_SHARE = 0.5
+"""How much of the free memory activations may take; the rest is for what else the machine does."""
+_STATE_BYTES = 16
+"""Per parameter: weight, gradient and AdamW's two moments in fp32."""
+
+
+def activation_bytes(model: ModelSpec, seq_len: int) -> int:
+    """About how much a sequence's forward pass keeps for its backward pass, in fp32.
+
+    Per token and layer: the residual stream and its normalised copies, queries, keys, values and the attention's
+    output, and each feed-forward matrix's input and output; where attention logits are capped, also their matrix
+    (heads, T), since no fused kernel computes them.
+    """
+    width = model.heads * model.head_dim
+    ffn = model.moe.top_k * model.moe.expert_hidden if model.moe else model.ffn_hidden
+    per_token = 8 * model.hidden + 4 * width + 4 * model.kv_heads * model.head_dim + 4 * ffn
+    scores = 3 * model.heads * seq_len if model.attention_softcap else 0
+    return 4 * seq_len * model.layers * (per_token + scores)
+
+
+def micro_batch(spec: RunSpec) -> int:
+    """Sequences per forward pass: what the spec states, else the largest divisor of the global batch that fits.
+
+    Raises
+    ------
+    InputError
+        If the network's weights, gradients and optimizer alone are more than this machine's memory.
+    """
+    memory = psutil.virtual_memory()
+    state = _STATE_BYTES * spec.model.parameters.total
+    if state > memory.total:
+        raise InputError(
+            f"model {spec.model.name!r} takes {state / 2**30:.0f} GiB to train (weights, gradients and optimizer) and "
+            f"this machine has {memory.total / 2**30:.0f} GiB; a smaller model is accepted"
+        )
+    if spec.train.micro_batch != "auto":
+        return spec.train.micro_batch
+    room = max(0, memory.available - state) * _MEMORY_SHARE
+    fitting = min(CPU_TOKENS // spec.train.seq_len, int(room // activation_bytes(spec.model, spec.train.seq_len)))
+    whole = spec.train.global_batch
+    return max(size for size in range(1, whole + 1) if whole % size == 0 and size <= max(1, fitting))
