@@ -71,7 +71,6 @@ class KeyValueCache:
     spec: ModelSpec
     batch: int
     length: int
-    device: torch.device
     position: int = 0
     """How many positions every layer holds; moved on by the decoder after each forward pass."""
     _layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -118,7 +117,8 @@ class Attention(nn.Module):
             attended = fused_attention(queries, keys, values, self.scale)
         else:
             attended = softcap_attention(queries, keys, values, self.scale, self.softcap)
-        return self.wo(attended.transpose(1, 2).reshape(batch, length, -1))  # (B, T, H)
+        output: Tensor = self.wo(attended.transpose(1, 2).reshape(batch, length, -1))  # (B, T, H)
+        return output
 
 
 def fused_attention(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
@@ -148,8 +148,11 @@ def fused_attention(queries: Tensor, keys: Tensor, values: Tensor, scale: float)
 
 
 def softcap_attention(queries: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float) -> Tensor:
-    """Causal attention with the logits `softcap * tanh(scale * q k / softcap)`, in fp32; shapes as `fused_attention`."""
-    output: Tensor = _SoftcapAttention.apply(queries, keys, values, scale, softcap)
+    """Causal attention with the logits `softcap * tanh(scale * q k / softcap)`, in fp32.
+
+    Shapes as in `fused_attention`.
+    """
+    output: Tensor = _SoftcapAttention.apply(queries, keys, values, scale, softcap)  # type: ignore[no-untyped-call]
     return output
 
 
@@ -167,7 +170,7 @@ class _SoftcapAttention(torch.autograd.Function):
             log_sum = capped.logsumexp(-1, keepdim=True)  # (B, KV, G * t, 1)
             weights = capped.sub_(log_sum).exp_().to(values.dtype)
             block = weights @ values[:, :, : offset + end]  # (B, KV, G * t, D)
-            output[..., start:end, :] = block.unflatten(2, (folded.shape[2], end - start))
+            output[..., start:end, :] = block.view_as(folded[..., start:end, :])
             log_sums[..., start:end] = log_sum.view(*log_sums.shape[:3], end - start)
         context.save_for_backward(queries, keys, values, output, log_sums)
         context.scale, context.softcap = scale, softcap
@@ -194,14 +197,15 @@ class _SoftcapAttention(torch.autograd.Function):
             to_logits.mul_(tangent.square_().neg_().add_(1.0)).mul_(context.scale)
             to_logits = to_logits.to(keys.dtype)
             to_block = to_logits @ keys[:, :, :seen]
-            to_queries[..., start:end, :] = to_block.unflatten(2, (folded.shape[2], end - start))
+            to_queries[..., start:end, :] = to_block.view_as(folded[..., start:end, :])
             to_keys[:, :, :seen] += to_logits.transpose(-1, -2) @ block.flatten(2, 3)
         return to_queries.flatten(1, 2), to_keys.to(keys.dtype), to_values.to(values.dtype), None, None
 
 
 def _fold(heads: Tensor, kv_heads: int) -> Tensor:
     """(B, heads, T, D) as (B, KV, G, T, D): the G heads that share one key-value head stand together."""
-    return heads.unflatten(1, (kv_heads, -1))
+    batch, count, length, width = heads.shape
+    return heads.reshape(batch, kv_heads, count // kv_heads, length, width)
 
 
 def _blocks(length: int) -> list[tuple[int, int]]:

@@ -12,6 +12,7 @@ The module knows nothing of parallelism, has no buffers and builds on the meta d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 
 from modelworks.model.attention import Attention, KeyValueCache, Rotary, rotary_tables
 from modelworks.model.experts import MixtureOfExperts, RouterReport
-from modelworks.model.layers import Embedding, GatedMLP, Linear, RMSNorm
+from modelworks.model.generation import generate
+from modelworks.model.layers import Embedding, GatedMLP, Linear, RMSNorm, to_compute_dtype
 from modelworks.model.loss import chunked_cross_entropy, head_logits
 from modelworks.model.support import refuse_unsupported
 from modelworks.spec.errors import InputError
@@ -142,16 +144,23 @@ class Decoder(nn.Module):
         InputError
             If the sequence is longer than the spec's context.
         """
-        hidden, reports = self.hidden_states(tokens, cache)
-        weight = self.output_weight
-        if torch.is_autocast_enabled(hidden.device.type):
-            dtype = torch.get_autocast_dtype(hidden.device.type)
-            hidden, weight = hidden.to(dtype), weight.to(dtype)
-        scaling = (self.spec.output_multiplier, self.spec.output_softcap)
         if targets is None:
-            return head_logits(hidden, weight, *scaling)
-        cross_entropy = chunked_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten(), *scaling)
+            return self.logits(tokens, cache)
+        hidden, reports = self.hidden_states(tokens, cache)
+        cross_entropy = chunked_cross_entropy(
+            to_compute_dtype(hidden.flatten(0, 1)),
+            to_compute_dtype(self.output_weight),
+            targets.flatten(),
+            self.spec.output_multiplier,
+            self.spec.output_softcap,
+        )
         return Losses(cross_entropy, *_mean_reports(reports, hidden))
+
+    def logits(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """Logits (B, T, V) in fp32 of tokens (B, T) that stand after those of the cache."""
+        hidden, _ = self.hidden_states(tokens, cache)
+        weight = to_compute_dtype(self.output_weight)
+        return head_logits(to_compute_dtype(hidden), weight, self.spec.output_multiplier, self.spec.output_softcap)
 
     def hidden_states(self, tokens: Tensor, cache: KeyValueCache | None = None) -> tuple[Tensor, list[RouterReport]]:
         """The normalised states (B, T, H) that the head multiplies, and each router's report."""
@@ -159,7 +168,7 @@ class Decoder(nn.Module):
         end = start + tokens.shape[1]
         if end > self.spec.context:
             raise InputError(
-                f"tokens: a sequence of {end} tokens is too long: at most model.context = {self.spec.context} is accepted"
+                f"tokens: a sequence of {end} is too long: at most model.context = {self.spec.context} is accepted"
             )
         x = self.embed(tokens) * self.spec.embedding_multiplier  # (B, T, H)
         rotary = rotary_tables(self.spec, start, tokens.shape[1], tokens.device)
@@ -171,6 +180,19 @@ class Decoder(nn.Module):
         if cache is not None:
             cache.position = end
         return self.final_norm(x), reports
+
+    @torch.no_grad()
+    def generate(
+        self,
+        tokens: Tensor,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        stop: Sequence[int] = (),
+        seed: int | None = None,
+    ) -> Tensor:
+        """Continue each sequence of (B, T) by at most `max_new_tokens`; see `generation.generate`."""
+        return generate(self.logits, self.spec, tokens, max_new_tokens, temperature, top_p, stop, seed)
 
     @property
     def output_weight(self) -> Tensor:

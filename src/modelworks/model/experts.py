@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modelworks.model.layers import Linear
+from modelworks.model.layers import Linear, to_compute_dtype
 from modelworks.spec.model import ModelSpec
 
 
@@ -44,17 +44,8 @@ class MixtureOfExperts(nn.Module):
         tokens = x.flatten(0, 1)  # (N, H)
         gates, choice, report = self.route(tokens)
         pairs = sort_by_expert(choice, len(self.gate))
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        output: Tensor = _Experts.apply(
-            tokens.to(dtype),
-            gates,
-            *pairs,
-            self.gate.to(dtype),
-            self.up.to(dtype),
-            self.down.to(dtype),
-            self.activation,
-        )
-        return output.view_as(x), report
+        tokens, gate, up, down = map(to_compute_dtype, (tokens, self.gate, self.up, self.down))
+        return grouped_experts(gates, pairs, tokens, gate, up, down, self.activation).view_as(x), report
 
     def route(self, tokens: Tensor) -> tuple[Tensor, Tensor, RouterReport]:
         """The gates (N, K) and experts (N, K) of each token of (N, H), and the router's report.
@@ -105,6 +96,33 @@ def sort_by_expert(choice: Tensor, experts: int) -> SortedPairs:
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(len(order), device=order.device)
     return SortedPairs(order, inverse, flat.bincount(minlength=experts))
+
+
+def grouped_experts(
+    gates: Tensor, pairs: SortedPairs, tokens: Tensor, gate: Tensor, up: Tensor, down: Tensor, activation: str
+) -> Tensor:
+    """Run the experts on sorted pairs.
+
+    Parameters
+    ----------
+    gates
+        (N, K), what each token's experts are weighted with.
+    pairs
+        `sort_by_expert` of the choice (N, K).
+    tokens
+        (N, H)
+    gate, up, down
+        The experts' matrices (E, F, H), (E, F, H) and (E, H, F), of the tokens' dtype.
+    activation
+        `silu` or `gelu` (the tanh approximation).
+
+    Returns
+    -------
+    Tensor
+        (N, H)
+    """
+    output: Tensor = _Experts.apply(tokens, gates, *pairs, gate, up, down, activation)  # type: ignore[no-untyped-call]
+    return output
 
 
 class _Experts(torch.autograd.Function):
@@ -180,6 +198,9 @@ def _activate(x: Tensor, activation: str) -> Tensor:
 
 
 def _activate_backward(gradient: Tensor, x: Tensor, activation: str) -> Tensor:
-    if activation == "silu":
-        return torch.ops.aten.silu_backward(gradient, x)
-    return torch.ops.aten.gelu_backward(gradient, x, approximate="tanh")
+    backward: Tensor = (
+        torch.ops.aten.silu_backward(gradient, x)
+        if activation == "silu"
+        else torch.ops.aten.gelu_backward(gradient, x, approximate="tanh")
+    )
+    return backward

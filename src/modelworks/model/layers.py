@@ -53,4 +53,11 @@ class GatedMLP(nn.Module):
         """(B, T, H) in and out."""
         gate = self.gate(x)
         activated = F.silu(gate) if self.activation == "silu" else F.gelu(gate, approximate="tanh")
-        return self.down(activated * self.up(x))
+        lowered: Tensor = self.down(activated * self.up(x))
+        return lowered
+
+
+def to_compute_dtype(tensor: Tensor) -> Tensor:
+    """A tensor as a matmul under autocast takes it, for matmuls that autocast doesn't see; unchanged without it."""
+    device = tensor.device.type
+    return tensor.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensor

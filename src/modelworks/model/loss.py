@@ -47,7 +47,9 @@ def chunked_cross_entropy(
     Tensor
         A scalar in fp32.
     """
-    loss: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, targets, multiplier, softcap)
+    loss: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, targets, multiplier, softcap
+    )
     return loss
 
 
