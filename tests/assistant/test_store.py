@@ -1,6 +1,5 @@
 """Conversations are kept: what was written is read, branches stand side by side, and a crash loses nothing."""
 
-import multiprocessing
 import os
 import random
 import signal
@@ -187,16 +186,20 @@ def test_concurrent_writers_in_threads_and_processes_lose_nothing(store, databas
         except BaseException as error:  # noqa: BLE001
             failures.append(error)
 
-    context = multiprocessing.get_context("spawn")
-    processes = [
-        context.Process(target=_write_from_outside, args=(database_file, conversation.id, f"process{n}"))
-        for n in range(2)
-    ]
+    outside = f"""
+import pathlib, sys
+from modelworks.assistant.store import ConversationStore
+store = ConversationStore(pathlib.Path({str(database_file)!r}))
+for number in range(20):
+    store.add({conversation.id!r}, "user", f"{{sys.argv[1]}}-{{number}}", None)
+"""
+    processes = [subprocess.Popen([sys.executable, "-c", outside, f"process{n}"]) for n in range(2)]
     threads = [threading.Thread(target=write, args=(f"thread{n}",)) for n in range(4)]
-    for worker in [*processes, *threads]:
-        worker.start()
-    for worker in [*processes, *threads]:
-        worker.join(60)
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert [process.wait(60) for process in processes] == [0, 0]
 
     with sqlite3.connect(database_file) as connection:
         written = {content for (content,) in connection.execute("SELECT content FROM messages")}
@@ -204,12 +207,6 @@ def test_concurrent_writers_in_threads_and_processes_lose_nothing(store, databas
     expected |= {f"process{n}-{k}" for n in range(2) for k in range(20)}
     assert failures == []
     assert written == expected
-
-
-def _write_from_outside(path: Path, conversation_id: str, name: str) -> None:
-    store = ConversationStore(path)
-    for number in range(20):
-        store.add(conversation_id, "user", f"{name}-{number}", None)
 
 
 def test_what_was_acknowledged_before_a_kill_is_there_and_the_unfinished_answer_is_marked(database_file):

@@ -165,14 +165,15 @@ class ConversationStore:
             return _messages(session, conversation_id)[row.id]
 
     def save(self, message_id: int, content: str, state: State, notice: str | None = None) -> None:
-        """Store what a message has become; nothing happens if its conversation was deleted meanwhile."""
-        now = self._clock()
+        """Store what a message has become; nothing happens if its conversation was deleted meanwhile.
+
+        A part (state ``writing``) never replaces what is finished, should it arrive late.
+        """
+        changed = update(MessageRow).where(MessageRow.id == message_id)
+        if state == "writing":
+            changed = changed.where(MessageRow.state == "writing")
         with self._database.write() as session:
-            session.execute(
-                update(MessageRow)
-                .where(MessageRow.id == message_id)
-                .values(content=content, state=state, notice=notice, updated=now)
-            )
+            session.execute(changed.values(content=content, state=state, notice=notice, updated=self._clock()))
 
     def thread(self, conversation_id: str) -> list[Message]:
         """The branch of a conversation that is shown, from its first message to its last."""
