@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import numpy as np
 import torch
 
 from modelworks.data.packed import PackedDataset
@@ -31,8 +30,7 @@ class Validation:
     """
 
     def __init__(self, data: PackedDataset, tokens: int, seq_len: int, batch: int) -> None:
-        available = (data.tokens("validation") - 1) // seq_len
-        self.count = min(available, max(1, tokens // seq_len))
+        self.count = min(data.sequence_count("validation", seq_len), max(1, tokens // seq_len))
         self._data, self._seq_len, self._batch = data, seq_len, batch
         self._tokens_per_byte = data.tokens("validation") / max(1, data.bytes("validation"))
 
@@ -53,5 +51,5 @@ class Validation:
         for start in range(0, self.count, self._batch):
             size = min(self._batch, self.count - start)
             sequences = self._data.sequences("validation", start, size, self._seq_len, 0)
-            nats += cross_entropy(torch.from_numpy(np.ascontiguousarray(sequences))) * size
+            nats += cross_entropy(torch.from_numpy(sequences)) * size
         return nats / self.count / math.log(2) * self._tokens_per_byte if self.count > 0 else None

@@ -9,7 +9,6 @@ weights. The loop knows one device and no parallelism; that is applied to the ne
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import shutil
 import time
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from modelworks.data.packed import PackedDataset
-from modelworks.data.prepare import prepare
+from modelworks.data.preparation import prepare
 from modelworks.model import checkpoint
 from modelworks.model.decoder import Decoder, Losses
 from modelworks.spec.errors import InputError, OperationError
@@ -40,7 +39,7 @@ from modelworks.train.precision import Precision, resolve
 from modelworks.train.session import RunSession
 from modelworks.train.view import NoView, View
 
-logger = logging.getLogger(__name__)
+_SAY_EVERY_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -257,6 +256,7 @@ class Trainer:
     def _save(self) -> None:
         begun = time.perf_counter()
         state = {
+            "data": self.data.folder.name,
             "sequences": self.step * self.train_spec.global_batch,
             "tokens": self.step * self.train_spec.tokens_per_step,
             "elapsed_s": self.elapsed_s,
@@ -279,6 +279,11 @@ class Trainer:
         checkpoint.load(folder, tensors)
         torch.set_rng_state(tensors["random.torch"])
         state = checkpoint.read_state(folder)
+        if state["data"] != self.data.folder.name:
+            raise OperationError(
+                f"the data has changed since the checkpoint {folder.name}: the run cannot go on as it began; bring "
+                "the text back as it was, or train anew under another name"
+            )
         self.step, self.elapsed_s = state["step"], state["elapsed_s"]
         self.loss, self.validation_bpb = state["loss"], state["validation_bpb"]
         self._metrics_bytes = state["metrics_bytes"]
@@ -292,14 +297,14 @@ class Trainer:
 
     def _prepare_data(self) -> PackedDataset:
         self._say("preparing the data")
-        data = prepare(self.spec.data, self.spec.model.vocab, data_folder())
-        if data.tokens("train") <= self.train_spec.seq_len:
-            raise InputError(
-                f"data.source = {self.spec.data.source!r} has {data.tokens('train')} tokens to train on; more than "
-                f"train.seq_len = {self.train_spec.seq_len} are needed"
-            )
+        data = prepare(self.spec.data, self.spec.model.vocab, data_folder(), self._show_preparation)
         shutil.copyfile(data.tokenizer_file, self.folder / "tokenizer.json")
         return data
+
+    def _show_preparation(self, documents: int, done: int, total: int | None) -> None:
+        if time.monotonic() - self._said_at >= _SAY_EVERY_S:
+            share = f", {done / total:.0%}" if total else ""
+            self._say(f"preparing the data: {documents:,} documents{share}")
 
     def _compile(self) -> None:
         if wanted(self.train_spec.compile, torch.device("cpu")):
@@ -308,6 +313,7 @@ class Trainer:
             try_compile(self.decoder, lambda: self._weighted(self._losses(torch.from_numpy(probe))))
 
     def _say(self, message: str) -> None:
+        self._said_at = time.monotonic()
         self.session.report(message=message)
         self.view.show(self.session.status)
 

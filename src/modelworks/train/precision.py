@@ -8,7 +8,6 @@ from typing import Literal
 
 import torch
 
-from modelworks.model.precision import fastest_precision
 from modelworks.spec.errors import InputError
 
 
@@ -36,5 +35,9 @@ def resolve(stated: Literal["auto", "fp32", "bf16", "fp8"]) -> Precision:
     """
     if stated == "fp8":
         raise InputError("train.precision = 'fp8' is not accepted on this machine: auto, fp32 or bf16 is")
-    name = fastest_precision() if stated == "auto" else stated
+    name = stated
+    if stated == "auto":
+        from modelworks.model.precision import fastest_precision
+
+        name = fastest_precision()
     return Precision("bf16", torch.bfloat16) if name == "bf16" else Precision("fp32", torch.float32)
