@@ -49,6 +49,49 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 # --- spec, catalog, plan, bench ---------------------------------------------------------------------------------------
 
+
+@spec_app.command("show")
+def _spec_show(
+    name: Annotated[str, typer.Argument(metavar="NAME|RUN.toml", help="A catalog entry, a run spec, a config.json.")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Show a model, device, cluster or run with all its fields filled in, and where each number comes from.
+
+    Example: [bold]modelworks spec show grok-1[/bold]
+    """
+    from modelworks.spec.show import page, sourced
+
+    shown = sourced(name)
+    if as_json:
+        print(json.dumps(shown.as_dict(), indent=1))
+    else:
+        console.print(page(shown))
+
+
+@app.command("plan")
+def _plan(
+    file: Annotated[Path, typer.Argument(metavar="RUN.toml", help="The run spec.")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a field, such as train.seq_len=256.")
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Predict what a run takes on one device: step time, throughput, MFU and memory, by calculation.
+
+    Example: [bold]modelworks plan examples/grok-tiny.toml[/bold]
+    """
+    from modelworks.plan import predict
+    from modelworks.plan.report import page
+    from modelworks.spec.files import device_spec, load_run
+
+    run = load_run(file, overrides or [])
+    device = device_spec(run.cluster.device)
+    prediction = predict(run, device)
+    if as_json:
+        print(json.dumps({"name": run.name, "device": device.name} | prediction.as_dict(), indent=1))
+    else:
+        console.print(page(run, device, prediction))
+
 # --- train, runs ------------------------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ from modelworks.spec.errors import InputError
 from modelworks.spec.fields import nearest, validate
 from modelworks.spec.model import ModelSpec
 
+_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu"}
 _KNOWN = ["llama", "mistral", "mixtral", "qwen3", "grok-1"]
 Layout = Literal["grok-1", "grok-1-vllm", "llama", "qwen3", "mixtral"]
 """The layouts of Hugging Face folders that are written; `grok-1` is SGLang's, `grok-1-vllm` that of vLLM <= 0.24."""
@@ -66,6 +67,7 @@ def spec_values(config: Mapping[str, Any], where: str) -> dict[str, Any]:
             "attention_bias": config.get("attention_bias", False),
             "mlp_bias": config.get("mlp_bias", False),
             "qk_norm": kind == "qwen3",
+            "activation": _activation(config, where),
         }
         if config.get("head_dim"):
             values["head_dim"] = config["head_dim"]
@@ -83,7 +85,7 @@ def spec_values(config: Mapping[str, Any], where: str) -> dict[str, Any]:
                 "activation": "gelu",
                 "norm_placement": "sandwich",
                 "attention_multiplier": config.get("attn_output_multiplier"),
-                "attention_softcap": config.get("max_attn_value", config.get("attn_logit_softcapping", 30.0)),
+                "attention_softcap": config.get("max_attn_value", config.get("attn_logit_softcapping", 30.0)) or None,
                 "embedding_multiplier": config.get("embedding_multiplier_scale", 1.0),
                 "output_multiplier": config.get("output_multiplier_scale", 1.0),
                 "moe": {
@@ -95,6 +97,14 @@ def spec_values(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     except KeyError as error:
         raise InputError(f"{where}: the field {error} is missing for model_type = {kind!r}") from None
     return {key: value for key, value in values.items() if value is not None}
+
+
+def _activation(config: Mapping[str, Any], where: str) -> str:
+    given = config.get("hidden_act", "silu")
+    if given not in _ACTIVATIONS:
+        accepted = ", ".join(sorted(_ACTIVATIONS))
+        raise InputError(f"{where}: hidden_act = {given!r} is not accepted: one of {accepted} is")
+    return _ACTIVATIONS[given]
 
 
 def layout_of(model: ModelSpec) -> Layout:

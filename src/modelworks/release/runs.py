@@ -1,0 +1,88 @@
+"""What a release reads of a run: its spec, its tokenizer, its newest good checkpoint and what it logged."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modelworks.model import checkpoint
+from modelworks.model.decoder import Decoder
+from modelworks.spec.errors import InputError
+from modelworks.spec.files import load_run
+from modelworks.spec.run import RunSpec
+
+
+@dataclass(frozen=True)
+class RunContent:
+    """A run as its release needs it."""
+
+    folder: Path
+    spec: RunSpec
+    decoder: Decoder
+    checkpoint: Path
+    status: dict[str, Any] = field(default_factory=dict)
+    plan: dict[str, Any] = field(default_factory=dict)
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer's file."""
+        return self.folder / "tokenizer.json"
+
+
+def load_run_content(folder: Path) -> RunContent:
+    """Read a run's folder with the weights of its newest good checkpoint, in fp32.
+
+    Raises
+    ------
+    InputError
+        If it isn't a run's folder, or lacks its tokenizer.
+    OperationError
+        If there is no good checkpoint.
+    """
+    if not (folder / "run.toml").is_file():
+        raise InputError(f"{folder}: is not a run: it has no run.toml")
+    if not (folder / "tokenizer.json").is_file():
+        raise InputError(f"{folder}: the run has no tokenizer.json; it has not begun to train")
+    spec = load_run(folder / "run.toml")
+    newest = checkpoint.newest_good(folder)
+    with torch.device("meta"):
+        decoder = Decoder(spec.model)
+    decoder = decoder.to_empty(device="cpu").requires_grad_(False)
+    checkpoint.load_weights(newest, decoder)
+    return RunContent(
+        folder,
+        spec,
+        decoder,
+        newest,
+        status=_table(folder / "status.json"),
+        plan=_table(folder / "plan.json"),
+        metrics=_rows(folder / "metrics.jsonl"),
+    )
+
+
+def _table(path: Path) -> dict[str, Any]:
+    """What a run may or may not have left; a file that can't be read counts as absent."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return []
+    rows = []
+    for line in lines:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue  # The last line of a run that was killed while it wrote.
+    return [row for row in rows if isinstance(row, dict)]
