@@ -41,7 +41,7 @@ class StepPrediction:
     """Model FLOPs: forward and backward, recomputation not counted."""
     memory_bytes: int
     """Weights, gradients, optimizer state and the activations of one micro batch."""
-    precision: str
+    precision: Precision
     """What the matrix products run in; `auto` resolved."""
     micro_batch: int
     """Sequences per forward pass; `auto` resolved."""
@@ -75,8 +75,13 @@ def predict(run: RunSpec, device: DeviceSpec) -> StepPrediction:
     Raises
     ------
     InputError
-        If the device has no rate for the run's precision.
+        If the run is laid out over several devices, or the device has no rate for the run's precision.
     """
+    if run.cluster.gpus > 1:
+        raise InputError(
+            f"cluster.gpus = {run.cluster.gpus} is not accepted: layouts over several devices are not planned yet, "
+            "a run on one device is"
+        )
     train = run.train
     precision = step_precision(run, device)
     peak_flops = device.peak_flops[precision]

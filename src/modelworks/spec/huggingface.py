@@ -51,7 +51,8 @@ def spec_values(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise InputError(f"{where}: model_type = {kind!r} is not known here; {nearest(str(kind), _KNOWN)}")
     try:
         heads = config["num_attention_heads"]
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        rope = _rope(config, where)
+        _refuse_sliding_window(config, where)
         values: dict[str, Any] = {
             "name": str(config.get("_name_or_path") or Path(where).parent.name or kind),
             "layers": config["num_hidden_layers"],
@@ -97,6 +98,25 @@ def spec_values(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     except KeyError as error:
         raise InputError(f"{where}: the field {error} is missing for model_type = {kind!r}") from None
     return {key: value for key, value in values.items() if value is not None}
+
+
+def _rope(config: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """The table of the rotary embedding: `rope_parameters` since transformers 5, `rope_scaling` before."""
+    for field in ("rope_parameters", "rope_scaling"):
+        given = config.get(field)
+        if given:
+            if not isinstance(given, Mapping):
+                raise InputError(f"{where}: {field} = {given!r} is not accepted: it should be a table")
+            return given
+    return {}
+
+
+def _refuse_sliding_window(config: Mapping[str, Any], where: str) -> None:
+    """Attention over a window is another network; a window of the whole context is none."""
+    window = config.get("sliding_window")
+    if window is None or not config.get("use_sliding_window", True) or window >= config["max_position_embeddings"]:
+        return
+    raise InputError(f"{where}: sliding_window = {window!r} is not accepted: attention over the whole context is")
 
 
 def _activation(config: Mapping[str, Any], where: str) -> str:
