@@ -113,8 +113,10 @@ def _rope(config: Mapping[str, Any], where: str) -> Mapping[str, Any]:
 
 def _refuse_sliding_window(config: Mapping[str, Any], where: str) -> None:
     """Attention over a window is another network; a window of the whole context is none."""
-    window = config.get("sliding_window")
-    if window is None or not config.get("use_sliding_window", True) or window >= config["max_position_embeddings"]:
+    window, context = config.get("sliding_window"), config.get("max_position_embeddings")
+    if window is None or not config.get("use_sliding_window", True):
+        return
+    if isinstance(window, int) and isinstance(context, int) and window >= context:
         return
     raise InputError(f"{where}: sliding_window = {window!r} is not accepted: attention over the whole context is")
 
