@@ -161,8 +161,8 @@ class _Experts(torch.autograd.Function):
         top_k = gates.shape[1]
         source = order // top_k
         rows, above = tokens.index_select(0, source), gradients[0].index_select(0, source)  # (N * K, H)
-        weights = gates.flatten().index_select(0, order).unsqueeze(1)  # (N * K, 1)
-        to_weights = torch.empty_like(weights)
+        weights = gates.flatten().index_select(0, order).unsqueeze(1).to(rows.dtype)  # (N * K, 1)
+        to_weights = torch.empty_like(weights, dtype=gates.dtype)
         to_rows = torch.empty_like(rows)
         to_gate, to_up, to_down = (torch.zeros_like(weight) for weight in (gate, up, down))
         for expert, here in context.groups:

@@ -1,0 +1,124 @@
+"""Soft-capped attention against its definition, fused attention's masks, rotary positions against transformers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from modelworks.model.attention import fused_attention, rotary_tables, softcap_attention
+from modelworks.spec.model import ModelSpec
+
+SCALE, CAP = 0.3, 5.0
+
+
+def naive_attention(queries: Tensor, keys: Tensor, values: Tensor, softcap: float | None) -> Tensor:
+    """The definition, with every key-value head repeated and every logit in memory."""
+    groups, length, seen = queries.shape[1] // keys.shape[1], queries.shape[2], keys.shape[2]
+    keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
+    logits = torch.einsum("bhtd,bhsd->bhts", queries, keys) * SCALE
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    visible = torch.ones(length, seen, dtype=torch.bool).tril(seen - length)
+    return logits.masked_fill(~visible, -torch.inf).softmax(-1) @ values
+
+
+def random_heads(length: int, seen: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    torch.manual_seed(length * 1000 + seen)
+    shapes = [(2, 6, length, 16), (2, 2, seen, 16), (2, 2, seen, 16)]
+    return [(2 * torch.randn(shape)).to(dtype).requires_grad_() for shape in shapes]
+
+
+@pytest.mark.parametrize(("length", "seen"), [(1, 1), (7, 7), (128, 128), (300, 300), (1, 200), (5, 140), (150, 260)])
+def test_softcapped_attention_equals_its_definition_in_values_and_gradients(length: int, seen: int) -> None:
+    ours = random_heads(length, seen)
+    theirs = [tensor.detach().double().requires_grad_() for tensor in ours]
+    output = softcap_attention(*ours, SCALE, CAP)
+    expected = naive_attention(*theirs, CAP)
+    torch.testing.assert_close(output.double(), expected, rtol=1e-4, atol=1e-5)
+    upstream = torch.randn_like(output)
+    for got, wanted in zip(
+        torch.autograd.grad(output, ours, upstream),
+        torch.autograd.grad(expected, theirs, upstream.double()),
+        strict=True,
+    ):
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("length", "seen"), [(1, 1), (9, 9), (1, 12), (5, 12)])
+def test_fused_attention_sees_the_cache_and_no_later_position(length: int, seen: int) -> None:
+    queries, keys, values = random_heads(length, seen)
+    output = fused_attention(queries, keys, values, SCALE)
+    torch.testing.assert_close(output, naive_attention(queries, keys, values, None), rtol=1e-4, atol=1e-5)
+
+
+def test_softcapped_attention_in_bfloat16_stays_near_the_definition() -> None:
+    ours = random_heads(140, 140, torch.bfloat16)
+    output = softcap_attention(*ours, SCALE, CAP)
+    assert output.dtype == torch.bfloat16
+    expected = naive_attention(*(tensor.detach().float() for tensor in ours), CAP)
+    torch.testing.assert_close(output.float(), expected, rtol=2e-2, atol=5e-2)
+    gradients = torch.autograd.grad(output.float().square().sum(), ours)
+    assert all(gradient.dtype == torch.bfloat16 and gradient.isfinite().all() for gradient in gradients)
+
+
+@settings(max_examples=15)
+@given(changed=st.integers(1, 199), softcap=st.sampled_from([None, CAP]))
+def test_no_position_hears_of_a_later_one(changed: int, softcap: float | None) -> None:
+    queries, keys, values = (tensor.detach() for tensor in random_heads(200, 200))
+
+    def attend() -> Tensor:
+        if softcap is None:
+            return fused_attention(queries, keys, values, SCALE)
+        return softcap_attention(queries, keys, values, SCALE, softcap)
+
+    before = attend()
+    keys[:, :, changed:] += 1.0
+    values[:, :, changed:] -= 1.0
+    after = attend()
+    torch.testing.assert_close(after[:, :, :changed], before[:, :, :changed], rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(after[:, :, changed:], before[:, :, changed:])
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        None,
+        {"rope_type": "linear", "factor": 4.0},
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    ],
+    ids=["plain", "linear", "llama3"],
+)
+def test_rotary_tables_equal_those_of_transformers(scaling: dict[str, float | str] | None) -> None:
+    spec = ModelSpec(
+        layers=1,
+        hidden=128,
+        ffn_hidden=128,
+        heads=2,
+        vocab=16,
+        context=32768,
+        rope_base=500_000.0,
+        rope_scaling=scaling,
+    )
+    config = LlamaConfig(
+        hidden_size=128,
+        num_attention_heads=2,
+        head_dim=64,
+        max_position_embeddings=32768,
+        rope_parameters={"rope_theta": 500_000.0, "rope_type": "default"} | (scaling or {}),
+    )
+    positions = torch.arange(100, 400)[None]
+    cosine, sine = LlamaRotaryEmbedding(config)(torch.zeros(1), positions)
+    ours = rotary_tables(spec, 100, 300, torch.device("cpu"))
+    torch.testing.assert_close(ours.cosine, cosine[0], rtol=0, atol=5e-5)
+    torch.testing.assert_close(ours.sine, sine[0], rtol=0, atol=5e-5)
