@@ -52,8 +52,22 @@ class Delta:
     tool_calls: tuple[dict[str, Any], ...] = ()
 
 
+@dataclass(frozen=True)
+class Activity:
+    """How busy a model is."""
+
+    running: int
+    """Requests that have a slot."""
+    waiting: int
+    """Requests that wait for one."""
+
+
 class Engine(ABC):
     """Something that serves models."""
+
+    @abstractmethod
+    def activity(self) -> dict[str, Activity]:
+        """How busy each model is that was asked for since the start."""
 
     @abstractmethod
     async def models(self) -> list[ModelCard]:
@@ -105,7 +119,7 @@ async def _deltas(batches: AsyncIterator[list[str]]) -> AsyncIterator[Delta]:
         text = ""
         calls: list[dict[str, Any]] = []
         for chunk in map(json.loads, batch):
-            usage = _usage(chunk) or usage
+            usage = usage_of(chunk) or usage
             for choice in chunk["choices"]:
                 delta = choice.get("delta", choice)
                 text += delta.get("content") or choice.get("text") or ""
@@ -116,7 +130,8 @@ async def _deltas(batches: AsyncIterator[list[str]]) -> AsyncIterator[Delta]:
     yield Delta(finish_reason=finish or "stop", usage=usage)
 
 
-def _usage(chunk: dict[str, Any]) -> Usage | None:
+def usage_of(chunk: dict[str, Any]) -> Usage | None:
+    """The tokens that a chunk reports, if it does."""
     given = chunk.get("usage")
     if not given:
         return None

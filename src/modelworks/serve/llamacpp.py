@@ -16,10 +16,10 @@ import asyncio
 import json
 import os
 import secrets
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read once, when the libra
 
 import xllamacpp  # type: ignore[import-untyped]
 
-from modelworks.serve.engine import Endpoint, Engine, ModelCard
+from modelworks.serve.engine import Activity, Endpoint, Engine, ModelCard
 from modelworks.serve.errors import RequestError
 from modelworks.serve.gguf_header import Header, read_header
 from modelworks.serve.store import ServedModel, Store
@@ -152,6 +152,12 @@ class LlamaCppEngine(Engine):
         self._flows: set[_Flow] = set()
         self._running: set[asyncio.Future[None]] = set()
         self._headers: dict[str, Header] = {}
+        self._busy: Counter[str] = Counter()
+        self._waiting: Counter[str] = Counter()
+
+    def activity(self) -> dict[str, Activity]:
+        """Slots in use and requests waiting, by model."""
+        return {name: Activity(count, self._waiting[name]) for name, count in self._busy.items()}
 
     async def models(self) -> list[ModelCard]:
         """The store's models."""
@@ -182,23 +188,32 @@ class LlamaCppEngine(Engine):
             described = ToolPrompt.of(body) if endpoint == "chat" and not loaded.tools else None
             text = _request(described.body if described else body)
             handle = loaded.server.handle_chat_completions if endpoint == "chat" else loaded.server.handle_completions
-            await loaded.slots.acquire()
-            batches = self._run(loaded, handle, text)
-            try:
-                async for batch in described.translate(batches) if described else batches:
+            await self._take_slot(model, loaded)
+            batches = self._run(model, loaded, handle, text)
+            async with aclosing(described.translate(batches) if described else batches) as translated:
+                async for batch in translated:
                     yield batch
-            finally:
-                await batches.aclose()
 
-    async def _run(self, loaded: _Loaded, handle: Callable[..., Any], text: str) -> AsyncGenerator[list[str], None]:
+    async def _take_slot(self, model: str, loaded: _Loaded) -> None:
+        self._waiting[model] += 1
+        try:
+            await loaded.slots.acquire()
+        finally:
+            self._waiting[model] -= 1
+
+    async def _run(
+        self, model: str, loaded: _Loaded, handle: Callable[..., Any], text: str
+    ) -> AsyncGenerator[list[str], None]:
         """Run one request, which has a slot, in a thread; the slot is free when the thread has ended."""
         flow = _Flow()
         work = asyncio.get_running_loop().run_in_executor(loaded.threads, _call, handle, text, flow)
         self._flows.add(flow)
+        self._busy[model] += 1
         self._running.add(work)
 
         def ended(_: object) -> None:
             loaded.slots.release()
+            self._busy[model] -= 1
             self._flows.discard(flow)
             self._running.discard(work)
 

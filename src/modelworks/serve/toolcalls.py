@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,28 +45,38 @@ class ToolPrompt:
             plain["response_format"] = {"type": "json_schema", "json_schema": {"schema": _calls_schema(functions)}}
         return cls(plain, required)
 
-    async def translate(self, batches: AsyncIterator[list[str]]) -> AsyncGenerator[list[str], None]:
+    async def translate(self, batches: AsyncGenerator[list[str], None]) -> AsyncGenerator[list[str], None]:
         """The stream with calls taken out of the text. Text that may be a call is held back until it is known."""
-        held, holding, called = "", True, False
-        async for batch in batches:
-            passed = []
-            for chunk in map(json.loads, batch):
-                choice = chunk["choices"][0] if chunk["choices"] else {}
-                delta = choice.get("delta", {})
-                if holding and delta.get("content"):
-                    held += delta.pop("content")
-                    holding = self.required or _may_be_call(held)
-                    if not holding:
-                        delta["content"] = held
-                if choice.get("finish_reason") and holding:
-                    calls = _parse(held, self.required)
-                    called = bool(calls)
-                    if called or held:
-                        passed.append(_copy_with(chunk, {"tool_calls": calls} if called else {"content": held}))
-                if choice.get("finish_reason") == "stop" and called:
-                    choice["finish_reason"] = "tool_calls"
-                passed.append(json.dumps(chunk, separators=(",", ":")))
-            yield passed
+        text = _HeldText(self.required)
+        async with aclosing(batches):
+            async for batch in batches:
+                yield [
+                    json.dumps(chunk, separators=(",", ":")) for one in batch for chunk in text.pass_on(json.loads(one))
+                ]
+
+
+class _HeldText:
+    """Text that may turn out to be a call."""
+
+    def __init__(self, required: bool) -> None:
+        self._required = required
+        self._text = ""
+        self._holding = True
+
+    def pass_on(self, chunk: dict[str, Any]) -> list[dict[str, Any]]:
+        """What can be said of the answer now that this chunk is known."""
+        choice = chunk["choices"][0] if chunk["choices"] else {}
+        delta = choice.get("delta", {})
+        if self._holding and delta.get("content"):
+            self._text += delta["content"]
+            self._holding = self._required or _may_be_call(self._text)
+            delta["content"] = None if self._holding else self._text
+        if not choice.get("finish_reason") or not self._holding or not self._text:
+            return [chunk]
+        calls = _parse(self._text, self._required)
+        if calls:
+            choice["finish_reason"] = "tool_calls"
+        return [_copy_with(chunk, {"tool_calls": calls} if calls else {"content": self._text}), chunk]
 
 
 def _has_calls(message: dict[str, Any]) -> bool:
@@ -132,7 +143,7 @@ def _parse(text: str, required: bool) -> list[dict[str, Any]]:
     return calls
 
 
-def _copy_with(chunk: dict[str, Any], delta: dict[str, Any]) -> str:
+def _copy_with(chunk: dict[str, Any], delta: dict[str, Any]) -> dict[str, Any]:
     choice = chunk["choices"][0] | {"delta": delta, "finish_reason": None}
     kept = {key: value for key, value in chunk.items() if key not in {"usage", "timings"}}
-    return json.dumps(kept | {"choices": [choice]}, separators=(",", ":"))
+    return kept | {"choices": [choice]}

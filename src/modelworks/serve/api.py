@@ -1,0 +1,273 @@
+"""The OpenAI-compatible API: checks what comes in, hands it to an engine, passes on what comes out.
+
+An answer runs beside a watch on the connection: when the client is gone, the answer is cancelled, and with it the
+engine's work. The usual stream (one choice) is passed on as the engine's own bytes. Nothing is sent before the first
+chunk is there, so that whatever can be refused is refused with a status and OpenAI's error shape.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
+
+from modelworks import __version__
+from modelworks.serve.answer import Answer
+from modelworks.serve.engine import Engine, ModelCard
+from modelworks.serve.errors import RequestError, UnknownModelError
+from modelworks.serve.metrics import Metrics
+from modelworks.serve.requests import ChatRequest, CompletionRequest, EmbeddingRequest, parse
+from modelworks.serve.store import Store
+from modelworks.spec.errors import OperationError
+
+_CLIENT_GONE = 499
+_BODY_LIMIT = 8 << 20
+_DISCARDED = 8
+"""How many times the limit is read and thrown away, so that a client that is still sending gets its answer."""
+
+
+def create_app(engine: Engine, store: Store, *, body_limit: int = _BODY_LIMIT, preload: str | None = None) -> FastAPI:
+    """The application: ``/v1/*``, ``/health`` and ``/metrics``; the rest of the paths is free for pages.
+
+    Parameters
+    ----------
+    engine : Engine
+        What answers. It is closed when the application ends.
+    store : Store
+        The models that can be served.
+    body_limit : int
+        The most bytes of a request.
+    preload : str, optional
+        A model to load before the first request is taken.
+    """
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        if preload:
+            await engine.load(preload)
+        yield
+        await engine.close()
+
+    app = FastAPI(title="Modelworks", version=__version__, lifespan=lifespan, docs_url="/v1/docs", redoc_url=None)
+    app.state.engine, app.state.store = engine, store
+    metrics = Metrics(engine)
+    _add_generation(app, engine, metrics, body_limit)
+    _add_embeddings(app, engine, metrics, body_limit)
+    _add_models(app, engine)
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        """Answers as long as the server runs."""
+        return {"status": "ok"}
+
+    @app.get("/metrics")
+    async def metrics_page() -> Response:
+        """Figures for Prometheus."""
+        return Response(metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    _add_errors(app)
+    return app
+
+
+def _add_generation(app: FastAPI, engine: Engine, metrics: Metrics, body_limit: int) -> None:
+    @app.post("/v1/chat/completions", openapi_extra=_documented(ChatRequest))
+    async def chat_completions(request: Request) -> Response:
+        """Answer a conversation."""
+        return await answered(request, "chat", ChatRequest)
+
+    @app.post("/v1/completions", openapi_extra=_documented(CompletionRequest))
+    async def completions(request: Request) -> Response:
+        """Continue a text."""
+        return await answered(request, "completions", CompletionRequest)
+
+    async def answered(request: Request, endpoint: str, kind: type[ChatRequest] | type[CompletionRequest]) -> Response:
+        model = "unknown"
+
+        try:
+            asked = parse(kind, await _body(request, body_limit))
+            await _known(engine, asked.model)
+            model = asked.model
+            answer = Answer.of(asked, engine, metrics)
+        except RequestError as error:
+            metrics.count(endpoint, model, error.status)
+            return _error_response(error)
+        return _Cancellable(answer.send, lambda status: metrics.count(endpoint, model, status))
+
+
+def _add_embeddings(app: FastAPI, engine: Engine, metrics: Metrics, body_limit: int) -> None:
+    @app.post("/v1/embeddings", openapi_extra=_documented(EmbeddingRequest))
+    async def embeddings(request: Request) -> Response:
+        """Turn texts into vectors of unit length."""
+        model = "unknown"
+        try:
+            asked = parse(EmbeddingRequest, await _body(request, body_limit))
+            await _known(engine, asked.model)
+            model = asked.model
+            vectors, tokens = await engine.embed(model, asked.input)
+        except RequestError as error:
+            metrics.count("embeddings", model, error.status)
+            return _error_response(error)
+        metrics.count("embeddings", model, 200)
+        coded = [_base64(vector) for vector in vectors] if asked.encoding_format == "base64" else vectors
+        data = [{"object": "embedding", "index": index, "embedding": one} for index, one in enumerate(coded)]
+        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+        return JSONResponse({"object": "list", "model": model, "data": data, "usage": usage})
+
+
+def _add_models(app: FastAPI, engine: Engine) -> None:
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        """What is served."""
+        return {"object": "list", "data": [_described(card) for card in await engine.models()]}
+
+    @app.get("/v1/models/{name}")
+    async def model(name: str) -> dict[str, Any]:
+        """One model."""
+        return _described(await _known(engine, name))
+
+
+def _add_errors(app: FastAPI) -> None:
+    @app.api_route("/v1/{path:path}", methods=["GET", "POST", "PUT", "PATCH", "DELETE"], include_in_schema=False)
+    async def nothing_here(request: Request) -> Response:
+        raise RequestError(f"there is no {request.method} {request.url.path}", status=404, code="unknown_url")
+
+    @app.exception_handler(RequestError)
+    async def refused(_: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestError)
+        return _error_response(error)
+
+    @app.exception_handler(OperationError)
+    async def failed(_: Request, error: Exception) -> Response:
+        return _error_response(error)
+
+    @app.exception_handler(Exception)
+    async def broken(_: Request, error: Exception) -> Response:
+        return _error_response(OperationError(f"an error of ours: {type(error).__name__}; the server's log has it"))
+
+    @app.exception_handler(HTTPException)
+    async def turned_away(_: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return _error_response(RequestError(str(error.detail), status=error.status_code))
+
+
+async def _known(engine: Engine, name: str) -> ModelCard:
+    cards = {card.name: card for card in await engine.models()}
+    if name not in cards:
+        raise UnknownModelError(name, list(cards))
+    return cards[name]
+
+
+def _described(card: ModelCard) -> dict[str, Any]:
+    return {
+        "id": card.name,
+        "object": "model",
+        "created": card.created,
+        "owned_by": card.source,
+        "context_length": card.context,
+        "license": card.license,
+    }
+
+
+def _documented(kind: Any) -> dict[str, Any]:
+    schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
+    schema.pop("$defs", None)
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def _base64(vector: list[float]) -> str:
+    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
+
+
+async def _body(request: Request, limit: int) -> bytes:
+    """The request's body; one that is over the limit is thrown away as it comes."""
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size <= limit:
+            parts.append(part)
+        elif size > limit * _DISCARDED:
+            break
+    if size > limit:
+        raise RequestError(f"the body is over the limit of {limit:,} bytes", status=413, code="request_too_large")
+    return b"".join(parts)
+
+
+def error_body(error: Exception) -> dict[str, Any]:
+    """An error in OpenAI's shape."""
+    given = isinstance(error, RequestError)
+    return {
+        "error": {
+            "message": str(error),
+            "type": "invalid_request_error" if given else "server_error",
+            "param": error.param if isinstance(error, RequestError) else None,
+            "code": error.code if isinstance(error, RequestError) else None,
+        }
+    }
+
+
+def _error_response(error: Exception) -> Response:
+    return JSONResponse(error_body(error), _status(error))
+
+
+def _status(error: Exception) -> int:
+    return error.status if isinstance(error, RequestError) else 500
+
+
+class _Cancellable(Response):
+    """Runs an answer beside a watch on the connection, and ends it when the client is gone."""
+
+    def __init__(self, work: Callable[[Send], Awaitable[None]], count: Callable[[int], None]) -> None:
+        super().__init__()
+        self._work = work
+        self._count = count
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        answering = asyncio.ensure_future(self._answer(scope, receive, send))
+        watching = asyncio.ensure_future(_gone(receive))
+        try:
+            await asyncio.wait({answering, watching}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            gone = not answering.done()
+            answering.cancel()
+            watching.cancel()
+            await asyncio.wait({answering, watching})
+        if gone:
+            self._count(_CLIENT_GONE)
+        else:
+            answering.result()
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def noting(message: Any) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self._work(noting)
+            self._count(200)
+        except (RequestError, OperationError) as error:
+            self._count(_status(error))
+            if started:
+                await send({"type": "http.response.body", "body": _event(error_body(error)), "more_body": False})
+            else:
+                await _error_response(error)(scope, receive, send)
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _event(content: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(content).encode() + b"\n\n"

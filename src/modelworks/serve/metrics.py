@@ -1,0 +1,94 @@
+"""What Prometheus scrapes: requests, times to the first and to each further token, tokens, slots in use.
+
+Running and waiting are read from the engine when the page is asked for, so they are what is, not what was counted.
+A model's name becomes a label only if the model is served: labels are bounded.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from modelworks.serve.engine import Engine, usage_of
+
+_TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_TPOT_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1)
+
+
+class Metrics:
+    """One application's metrics."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._registry = CollectorRegistry()
+        self._requests = Counter(
+            "modelworks_requests", "Requests answered", ["endpoint", "model", "status"], registry=self._registry
+        )
+        self._first = Histogram(
+            "modelworks_time_to_first_token_seconds",
+            "From a request's arrival to its first token",
+            ["model"],
+            buckets=_TTFT_BUCKETS,
+            registry=self._registry,
+        )
+        self._each = Histogram(
+            "modelworks_time_per_output_token_seconds",
+            "Mean time of a request's tokens after the first",
+            ["model"],
+            buckets=_TPOT_BUCKETS,
+            registry=self._registry,
+        )
+        self._read = Counter("modelworks_prompt_tokens", "Tokens read", ["model"], registry=self._registry)
+        self._written = Counter("modelworks_completion_tokens", "Tokens written", ["model"], registry=self._registry)
+        self._registry.register(_Activity(engine))
+
+    def page(self) -> bytes:
+        """The metrics in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+    def count(self, endpoint: str, model: str, status: int) -> None:
+        """Count an answered request."""
+        self._requests.labels(endpoint, model, str(status)).inc()
+
+    async def measured(self, model: str, batches: AsyncGenerator[list[str], None]) -> AsyncGenerator[list[str], None]:
+        """The same stream; its times and tokens are recorded when it ends, however it ends."""
+        started = first = last = time.perf_counter()
+        chunks, end = 0, ""
+        try:
+            async with aclosing(batches):
+                async for batch in batches:
+                    last = time.perf_counter()
+                    if not chunks:
+                        first = last
+                        self._first.labels(model).observe(first - started)
+                    chunks += len(batch)
+                    end = batch[-1]
+                    yield batch
+        finally:
+            usage = usage_of(json.loads(end)) if '"usage":' in end else None
+            written = usage.completion_tokens if usage else max(chunks - 1, 0)
+            self._written.labels(model).inc(written)
+            if usage:
+                self._read.labels(model).inc(usage.prompt_tokens)
+            if written > 1:
+                self._each.labels(model).observe((last - first) / (written - 1))
+
+
+class _Activity(Collector):
+    """Requests that have a slot, and those that wait for one."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        running = GaugeMetricFamily("modelworks_requests_running", "Requests in a slot", labels=["model"])
+        waiting = GaugeMetricFamily("modelworks_requests_waiting", "Requests waiting for a slot", labels=["model"])
+        for model, activity in self._engine.activity().items():
+            running.add_metric([model], activity.running)
+            waiting.add_metric([model], activity.waiting)
+        yield from (running, waiting)

@@ -1,0 +1,344 @@
+"""The API's requests, as OpenAI defines them, checked before any engine sees them.
+
+Fields that OpenAI knows and we don't are ignored, as clients send many; fields that we know are held to their type and
+range. `body()` turns a request into the plain fields that an engine takes.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from modelworks.serve.errors import RequestError
+
+_DEEPEST_SCHEMA = 32
+_LONGEST_SCHEMA = 2_000
+_MOST_CHOICES = 16
+_MOST_STOPS = 16
+_DEFAULT_COMPLETION_TOKENS = 16
+
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+Kind = TypeVar("Kind", bound="_Section")
+
+
+def _refuse(message: str) -> PydanticCustomError:
+    return PydanticCustomError("refused", "{message}", {"message": message})
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, hide_input_in_errors=True)
+
+
+class _Function(_Section):
+    name: Name
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+    @field_validator("parameters")
+    @classmethod
+    def _bounded(cls, schema: dict[str, Any] | None) -> dict[str, Any] | None:
+        return _checked_schema(schema)
+
+
+class _Tool(_Section):
+    type: Literal["function"]
+    function: _Function
+
+
+class _NamedFunction(_Section):
+    name: str
+
+
+class _NamedTool(_Section):
+    type: Literal["function"] = "function"
+    function: _NamedFunction
+
+
+class _Called(_Section):
+    name: str
+    arguments: str = "{}"
+
+
+class _ToolCall(_Section):
+    id: str = ""
+    type: Literal["function"] = "function"
+    function: _Called
+
+
+class _Message(_Section):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | None = None
+    tool_calls: list[_ToolCall] | None = None
+    tool_call_id: str | None = None
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _joined(cls, content: Any) -> Any:
+        """Content in parts becomes one text. Images are never fetched, and no engine here can see yet."""
+        if not isinstance(content, list):
+            return content
+        return "".join(_text_of(part) for part in content)
+
+    @model_validator(mode="after")
+    def _says_something(self) -> _Message:
+        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+            raise _refuse(f"content is missing: a message of role {self.role} needs text")
+        return self
+
+    def plain(self) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role}
+        message["content"] = self.content or ""
+        if self.tool_calls:
+            message["tool_calls"] = [call.model_dump() for call in self.tool_calls]
+        if self.tool_call_id:
+            message["tool_call_id"] = self.tool_call_id
+        return message
+
+
+def _text_of(part: Any) -> str:
+    if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+        raise _refuse("each part of content must be an object with a type, such as {type: text, text: ...}")
+    if part["type"] == "text" and isinstance(part.get("text"), str):
+        return str(part["text"])
+    if part["type"] == "image_url":
+        url = part.get("image_url")
+        url = url.get("url") if isinstance(url, dict) else url
+        if not isinstance(url, str) or not url.startswith("data:"):
+            raise _refuse("image URLs are not fetched: send the image itself as a data: URL")
+        raise _refuse("this model takes text only, and the message holds an image")
+    raise _refuse(f"a part of type {part['type'][:40]!r} is not accepted: text is")
+
+
+class _Schema(_Section):
+    name: Name = "answer"
+    schema_: dict[str, Any] = Field(alias="schema", default_factory=dict)
+
+    @field_validator("schema_")
+    @classmethod
+    def _bounded(cls, schema: dict[str, Any]) -> dict[str, Any]:
+        return _checked_schema(schema) or {}
+
+
+class _Format(_Section):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: _Schema | None = None
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> _Format:
+        if self.type == "json_schema" and self.json_schema is None:
+            raise _refuse("json_schema is missing: the type json_schema needs one")
+        return self
+
+    def plain(self) -> dict[str, Any] | None:
+        if self.type == "json_schema" and self.json_schema:
+            return {"type": "json_schema", "json_schema": {"name": "answer", "schema": self.json_schema.schema_}}
+        return {"type": "json_object"} if self.type == "json_object" else None
+
+
+class _StreamOptions(_Section):
+    include_usage: bool | None = None
+
+
+class Generation(_Section):
+    """What chat and text completions have in common."""
+
+    model: Annotated[str, Field(min_length=1, max_length=256)]
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0, le=1 << 30)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repeat_penalty: Annotated[float, Field(gt=0, le=2)] | None = None
+    stop: list[Annotated[str, Field(min_length=1, max_length=1024)]] | None = None
+    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
+    n: Annotated[int, Field(ge=1, le=_MOST_CHOICES)] | None = None
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    stream: bool | None = None
+    stream_options: _StreamOptions | None = None
+    cache_prompt: bool | None = None
+
+    @field_validator("max_tokens")
+    @classmethod
+    def _fits(cls, tokens: int | None) -> int | None:
+        return min(tokens, (1 << 31) - 1) if tokens is not None else None
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _as_list(cls, stop: Any) -> Any:
+        stops = [stop] if isinstance(stop, str) else stop
+        if isinstance(stops, list) and len(stops) > _MOST_STOPS:
+            raise _refuse(f"{len(stops)} stop texts are not accepted: up to {_MOST_STOPS} are")
+        return stops
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _token_ids(cls, bias: dict[str, float] | None) -> dict[str, float] | None:
+        if bias and not all(key.isascii() and key.isdigit() and len(key) < 9 for key in bias):
+            raise _refuse("each key must be a token's number")
+        return bias
+
+    @property
+    def usage_wanted(self) -> bool:
+        """Whether a stream ends with the usage."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def sampling(self) -> dict[str, Any]:
+        """The fields that both kinds of request pass on."""
+        passed = {"max_tokens", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty"}
+        passed |= {"repeat_penalty", "stop", "seed", "logit_bias", "cache_prompt"}
+        return self.model_dump(include=passed, exclude_none=True)
+
+
+class ChatRequest(Generation):
+    """``POST /v1/chat/completions``."""
+
+    messages: Annotated[list[_Message], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    response_format: _Format | None = None
+    tools: list[_Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | _NamedTool | None = None
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise _refuse("top_logprobs needs logprobs to be true")
+        names = [tool.function.name for tool in self.tools or []]
+        if len(set(names)) < len(names):
+            raise _refuse("tools holds two functions of one name")
+        if self.tool_choice not in {None, "none", "auto"} and not names:
+            raise _refuse("tool_choice asks for a call and tools is empty")
+        if isinstance(self.tool_choice, _NamedTool) and self.tool_choice.function.name not in names:
+            raise _refuse(f"tool_choice names {self.tool_choice.function.name[:64]!r}; tools has {', '.join(names)}")
+        if names and self.response_format and self.response_format.type != "text":
+            raise _refuse("response_format and tools can't be used together")
+        return self
+
+    def body(self) -> dict[str, Any]:
+        """The fields that an engine takes."""
+        body = self.sampling() | {"messages": [message.plain() for message in self.messages]}
+        if self.max_completion_tokens is not None:
+            body["max_tokens"] = min(self.max_completion_tokens, (1 << 31) - 1)
+        if self.logprobs:
+            body |= {"logprobs": True, "top_logprobs": self.top_logprobs or 0}
+        if self.response_format and (plain := self.response_format.plain()):
+            body["response_format"] = plain
+        if self.tools:
+            choice = self.tool_choice
+            body["tools"] = [tool.model_dump(exclude_none=True) for tool in self.tools]
+            body["tool_choice"] = choice.model_dump() if isinstance(choice, _NamedTool) else choice or "auto"
+        return body
+
+
+class CompletionRequest(Generation):
+    """``POST /v1/completions``."""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    echo: bool | None = None
+    best_of: int | None = None
+    suffix: str | None = None
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _well_formed(cls, prompt: Any) -> Any:
+        kinds = {type(part) for part in prompt} if isinstance(prompt, list) else set()
+        if isinstance(prompt, str) or kinds in ({str}, {int}):
+            return prompt
+        if kinds == {list} and all(part and all(type(token) is int for token in part) for part in prompt):
+            return prompt
+        raise _refuse("a text, a list of texts, a list of token numbers or a list of such lists is accepted")
+
+    @model_validator(mode="after")
+    def _can_be_done(self) -> CompletionRequest:
+        if self.suffix:
+            raise _refuse("suffix is not supported: these models continue a text, they don't fill it in")
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise _refuse("best_of must be left out or equal to n")
+        if self.echo and not isinstance(self.prompts()[0], str):
+            raise _refuse("echo needs the prompt as text")
+        if len(self.prompts()) * (self.n or 1) > _MOST_CHOICES * 8:
+            raise _refuse(f"prompts times n must not be over {_MOST_CHOICES * 8}")
+        return self
+
+    def prompts(self) -> list[str] | list[list[int]]:
+        """Each prompt by itself."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return self.prompt
+
+    def body(self) -> dict[str, Any]:
+        """The fields that an engine takes, without the prompt."""
+        body = self.sampling()
+        body.setdefault("max_tokens", _DEFAULT_COMPLETION_TOKENS)
+        if self.logprobs is not None:
+            body["logprobs"] = max(self.logprobs, 1)
+        return body
+
+
+class EmbeddingRequest(_Section):
+    """``POST /v1/embeddings``."""
+
+    model: Annotated[str, Field(min_length=1, max_length=256)]
+    input: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=2048)]
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = None
+
+    @field_validator("input", mode="before")
+    @classmethod
+    def _as_list(cls, given: Any) -> Any:
+        return [given] if isinstance(given, str) else given
+
+    @field_validator("dimensions")
+    @classmethod
+    def _not_shortened(cls, dimensions: int | None) -> int | None:
+        if dimensions is not None:
+            raise _refuse("these embeddings can't be shortened: leave dimensions out")
+        return dimensions
+
+
+def parse(kind: type[Kind], content: bytes) -> Kind:
+    """Read a request.
+
+    Raises
+    ------
+    RequestError
+        If it is not JSON, or a field is not accepted; it names the field.
+    """
+    try:
+        return kind.model_validate_json(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        if first["type"] == "json_invalid":
+            raise RequestError(f"the body is not JSON: {first['msg']}") from None
+        param = ".".join(str(part) for part in first["loc"])
+        where = f"{param}: " if param else ""
+        raise RequestError(f"{where}{first['msg']}", code="invalid_value", param=param or None) from None
+
+
+def _checked_schema(schema: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A JSON schema that llama.cpp can turn into a grammar in bounded time and memory."""
+    level: list[Any] = [schema]
+    count = 0
+    for _ in range(_DEEPEST_SCHEMA):
+        level = [inner for value in level for inner in _inside(value)]
+        count += len(level)
+        if not level:
+            return schema
+        if count > _LONGEST_SCHEMA:
+            raise _refuse(f"the schema has more than {_LONGEST_SCHEMA} parts")
+    raise _refuse(f"the schema is nested deeper than {_DEEPEST_SCHEMA}")
+
+
+def _inside(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return list(value.values())
+    return value if isinstance(value, list) else []
