@@ -8,7 +8,6 @@ and an exit code: 1 for work that failed, 2 for input that can't be used.
 from __future__ import annotations
 
 import json
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -136,6 +135,7 @@ def _train(
     Example: [bold]modelworks train examples/first-run.toml --set train.tokens=500_000[/bold]
     """
     from modelworks.spec.files import load_run
+    from modelworks.train.interrupt import Interrupted, exit_code
     from modelworks.train.view import NoView, view_for
     from modelworks.train_command import refuse_engine, train_and_release, with_absolute_paths
 
@@ -143,14 +143,17 @@ def _train(
     spec = with_absolute_paths(load_run(file, overrides or []), file.parent)
     view = NoView() if as_json else view_for(spec.name, console)
     say = (lambda text: None) if as_json else console.print
-    result, released = train_and_release(spec, resume, view, say)
+    try:
+        result, released = train_and_release(spec, resume, view, say)
+    except Interrupted as stop:
+        raise typer.Exit(exit_code(stop.received)) from None
     summary = {"name": spec.name, "folder": str(result.checkpoint.parents[1])} | result.as_dict()
     if as_json:
         print(json.dumps(summary | {"released": released}, indent=1))
     else:
         _print_summary(summary, released)
-    if result.received == signal.SIGINT:
-        raise typer.Exit(130)
+    if result.received is not None:
+        raise typer.Exit(exit_code(result.received))
 
 
 def _print_summary(summary: dict[str, Any], released: dict[str, Any] | None) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from modelworks.model import checkpoint
 from modelworks.model.decoder import Decoder
 from modelworks.spec.errors import OperationError

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
+
 from modelworks.model.decoder import Decoder
 from modelworks.plan import step as planner
 from modelworks.spec.files import model_spec
 from modelworks.spec.model import ModelSpec
 from modelworks.train.flops import flop_per_token, matmul_parameters
-from torch.utils.flop_counter import FlopCounterMode
 
 
 def test_a_dense_networks_matrix_products_are_those_that_pytorch_counts() -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from modelworks.train.muon import Muon, orthogonalize
 
 

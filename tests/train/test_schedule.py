@@ -3,6 +3,7 @@
 import math
 
 import pytest
+
 from modelworks.spec.run import TrainSpec
 from modelworks.train.schedule import factor, progress
 

@@ -20,6 +20,12 @@ class Interrupted(BaseException):
         self.received = received
 
 
+def exit_code(received: int) -> int:
+    """What a process ends with that was asked to: 130 after Ctrl-C, as shells have it, and 0 after SIGTERM, which a
+    scheduler or service sends to a run that it means to go on with."""
+    return 130 if received == signal.SIGINT else 0
+
+
 class Interrupt:
     """While entered, notes SIGINT and SIGTERM instead of dying of them.
 
