@@ -6,6 +6,7 @@ importing the modules, and what the command line says about itself; so neither c
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -47,7 +48,7 @@ def _commands_page() -> str:
 
     command = get_command(app)
     page = get_docs_for_click(obj=command, ctx=Context(command), name="modelworks", title="Commands")
-    return page.replace(str(Path.home()), "~")
+    return re.sub(r"\[bold\](.+?)\[/bold\]", r"`\1`", page).replace(str(Path.home()), "~")
 
 
 def _index_page(rooms: list[str]) -> str:
