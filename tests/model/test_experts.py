@@ -21,6 +21,7 @@ def mixture(activation: str, renormalize: bool) -> MixtureOfExperts:
         vocab=16,
         context=64,
         activation=activation,
+        ffn_hidden=40,
         moe=MoESpec(experts=5, top_k=2, expert_hidden=40, renormalize=renormalize),
     )
     module = MixtureOfExperts(spec)

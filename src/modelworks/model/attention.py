@@ -167,11 +167,12 @@ class _SoftcapAttention(torch.autograd.Function):
         offset = keys.shape[2] - queries.shape[2]
         for start, end in _blocks(queries.shape[2]):
             capped, _ = _capped_logits(folded[..., start:end, :], keys, offset + start, scale, softcap)
-            log_sum = capped.logsumexp(-1, keepdim=True)  # (B, KV, G * t, 1)
-            weights = capped.sub_(log_sum).exp_().to(values.dtype)
-            block = weights @ values[:, :, : offset + end]  # (B, KV, G * t, D)
+            largest = capped.amax(-1, keepdim=True)  # (B, KV, G * t, 1)
+            weights = capped.sub_(largest).exp_()
+            sums = weights.sum(-1, keepdim=True)
+            block = (weights.to(values.dtype) @ values[:, :, : offset + end]).div_(sums)  # (B, KV, G * t, D)
             output[..., start:end, :] = block.view_as(folded[..., start:end, :])
-            log_sums[..., start:end] = log_sum.view(*log_sums.shape[:3], end - start)
+            log_sums[..., start:end] = sums.log_().add_(largest).view(*log_sums.shape[:3], end - start)
         context.save_for_backward(queries, keys, values, output, log_sums)
         context.scale, context.softcap = scale, softcap
         return output.flatten(1, 2)

@@ -141,15 +141,15 @@ class _Experts(torch.autograd.Function):
         down: Tensor,
         activation: str,
     ) -> Tensor:
-        top_k = gates.shape[1]
+        top_k, groups = gates.shape[1], _groups(counts)
         rows = tokens.index_select(0, order // top_k)  # (N * K, H)
         gated, lifted = (rows.new_empty(len(rows), gate.shape[1]) for _ in range(2))  # (N * K, F)
-        lowered = torch.empty_like(rows)
-        groups = _groups(counts)
+        lowered, room = torch.empty_like(rows), rows.new_empty(_largest(groups), gate.shape[1])
         for expert, here in groups:
             torch.mm(rows[here], gate[expert].t(), out=gated[here])
             torch.mm(rows[here], up[expert].t(), out=lifted[here])
-            torch.mm(_activate(gated[here], activation).mul_(lifted[here]), down[expert].t(), out=lowered[here])
+            mixed = _activate(gated[here], activation, _first(room, here)).mul_(lifted[here])
+            torch.mm(mixed, down[expert].t(), out=lowered[here])
         context.save_for_backward(tokens, gates, order, inverse, gated, lifted, gate, up, down)
         context.groups, context.activation = groups, activation
         chosen = lowered.index_select(0, inverse).view(len(tokens), top_k, -1)  # (N, K, H)
@@ -164,20 +164,25 @@ class _Experts(torch.autograd.Function):
         weights = gates.flatten().index_select(0, order).unsqueeze(1).to(rows.dtype)  # (N * K, 1)
         to_weights = torch.empty_like(weights, dtype=gates.dtype)
         to_rows = torch.empty_like(rows)
-        to_gate, to_up, to_down = (torch.zeros_like(weight) for weight in (gate, up, down))
+        to_gate, to_up, to_down = (torch.empty_like(weight) for weight in (gate, up, down))
+        rooms = [rows.new_empty(_largest(context.groups), gate.shape[1]) for _ in range(3)]
         for expert, here in context.groups:
-            activated = _activate(gated[here], context.activation)
-            mixed = activated * lifted[here]  # (n, F)
-            to_mixed = above[here] @ down[expert]  # before the pair's gate
-            to_weights[here] = (to_mixed * mixed).sum(-1, keepdim=True)
-            torch.mm((above[here] * weights[here]).t(), mixed, out=to_down[expert])
+            active, mixed, to_mixed = (_first(room, here) for room in rooms)  # (n, F)
+            _activate(gated[here], context.activation, active)
+            torch.mul(active, lifted[here], out=mixed)
+            torch.mm(above[here], down[expert], out=to_mixed)  # before the pair's gate
+            to_weights[here] = torch.linalg.vecdot(to_mixed, mixed).unsqueeze(1)
+            torch.mm(above[here].mul_(weights[here]).t(), mixed, out=to_down[expert])
             to_mixed.mul_(weights[here])
-            to_lifted = activated.mul_(to_mixed)
-            to_gated = _activate_backward(to_mixed.mul_(lifted[here]), gated[here], context.activation)
+            to_lifted = active.mul_(to_mixed)
+            to_gated = _activate_backward(to_mixed.mul_(lifted[here]), gated[here], context.activation, mixed)
             torch.mm(to_gated.t(), rows[here], out=to_gate[expert])
             torch.mm(to_lifted.t(), rows[here], out=to_up[expert])
             torch.mm(to_gated, gate[expert], out=to_rows[here])
             to_rows[here].addmm_(to_lifted, up[expert])
+        for expert in set(range(len(gate))) - {expert for expert, _ in context.groups}:
+            for gradient in (to_gate, to_up, to_down):
+                gradient[expert] = 0.0
         to_tokens = to_rows.index_select(0, inverse).view(len(tokens), top_k, -1).sum(1)
         to_gates = to_weights.flatten().index_select(0, inverse).view_as(gates)
         return to_tokens, to_gates, None, None, None, to_gate, to_up, to_down, None
@@ -193,14 +198,28 @@ def _groups(counts: Tensor) -> list[tuple[int, slice]]:
     return groups
 
 
-def _activate(x: Tensor, activation: str) -> Tensor:
-    return F.silu(x) if activation == "silu" else F.gelu(x, approximate="tanh")
+def _largest(groups: list[tuple[int, slice]]) -> int:
+    return max((here.stop - here.start for _, here in groups), default=0)
 
 
-def _activate_backward(gradient: Tensor, x: Tensor, activation: str) -> Tensor:
-    backward: Tensor = (
-        torch.ops.aten.silu_backward(gradient, x)
-        if activation == "silu"
-        else torch.ops.aten.gelu_backward(gradient, x, approximate="tanh")
-    )
-    return backward
+def _first(room: Tensor, here: slice) -> Tensor:
+    """As many of the first rows of a scratch tensor as a group has."""
+    return room[: here.stop - here.start]
+
+
+def _activate(x: Tensor, activation: str, out: Tensor) -> Tensor:
+    """The activation of `x`, written to `out`."""
+    if activation == "silu":
+        torch.ops.aten.silu.out(x, out=out)
+    else:
+        torch.ops.aten.gelu.out(x, approximate="tanh", out=out)
+    return out
+
+
+def _activate_backward(gradient: Tensor, x: Tensor, activation: str, out: Tensor) -> Tensor:
+    """The gradient with respect to the activation's argument `x`, written to `out`."""
+    if activation == "silu":
+        torch.ops.aten.silu_backward.grad_input(gradient, x, grad_input=out)
+    else:
+        torch.ops.aten.gelu_backward.grad_input(gradient, x, approximate="tanh", grad_input=out)
+    return out

@@ -20,10 +20,7 @@ IGNORED = -1
 
 def head_logits(hidden: Tensor, weight: Tensor, multiplier: float, softcap: float | None) -> Tensor:
     """Logits (N, V) in fp32 of hidden states (N, H) under the head's matrix (V, H)."""
-    logits = (hidden @ weight.t()).float()
-    if multiplier != 1.0:
-        logits = logits.mul_(multiplier)
-    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
+    return _scaled((hidden @ weight.t()).float(), multiplier, softcap)
 
 
 def chunked_cross_entropy(
@@ -63,22 +60,23 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         counted = (targets != IGNORED).sum().clamp(min=1).float()
         to_hidden = torch.empty_like(hidden) if wanted else None
         to_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted else None
+        room = hidden.new_empty(min(CHUNK, len(hidden)), len(weight))
         for start in range(0, len(hidden), CHUNK):
             here = slice(start, start + CHUNK)
-            counts = targets[here] != IGNORED
-            wanted_ids = targets[here].clamp(min=0).unsqueeze(1)  # (n, 1)
-            logits = head_logits(hidden[here], weight, multiplier, softcap)  # (n, V)
-            log_sum = logits.logsumexp(-1, keepdim=True)
-            total += (log_sum - logits.gather(1, wanted_ids)).squeeze(1).mul(counts).sum()
+            rows, ids = hidden[here], targets[here].clamp(min=0).unsqueeze(1)  # (n, H), (n, 1)
+            counts = (targets[here] != IGNORED).unsqueeze(1)  # (n, 1)
+            logits = _scaled(torch.mm(rows, weight.t(), out=room[: len(rows)]).float(), multiplier, softcap)  # (n, V)
+            slope = 1.0 - (logits / softcap).square_() if wanted and softcap is not None else None
+            of_targets, largest = logits.gather(1, ids), logits.amax(1, keepdim=True)
+            sums = logits.sub_(largest).exp_().sum(1, keepdim=True)
+            total += (sums.log() + largest - of_targets).mul_(counts).sum()
             if to_hidden is None or to_weight is None:
                 continue
-            slope = None if softcap is None else 1.0 - (logits / softcap).square_()
-            scale = (counts / counted * multiplier).unsqueeze(1)  # (n, 1)
-            to_logits = logits.sub_(log_sum).exp_()
-            to_logits.scatter_add_(1, wanted_ids, torch.full_like(log_sum, -1.0)).mul_(scale)
-            to_logits = (to_logits if slope is None else to_logits.mul_(slope)).to(hidden.dtype)
+            scale = counts * (multiplier / counted)
+            logits.mul_(scale / sums).scatter_add_(1, ids, -scale)
+            to_logits = (logits if slope is None else logits.mul_(slope)).to(hidden.dtype)
             torch.mm(to_logits, weight, out=to_hidden[here])
-            to_weight += to_logits.t() @ hidden[here]
+            _add_product(to_weight, to_logits.t(), rows)
         if to_hidden is not None and to_weight is not None:
             context.save_for_backward(to_hidden, to_weight.to(weight.dtype))
         return total / counted
@@ -88,3 +86,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         to_hidden, to_weight = context.saved_tensors
         scale = gradients[0]
         return to_hidden * scale.to(to_hidden.dtype), to_weight * scale.to(to_weight.dtype), None, None, None
+
+
+def _scaled(logits: Tensor, multiplier: float, softcap: float | None) -> Tensor:
+    """Logits multiplied and capped, in their place."""
+    logits = logits if multiplier == 1.0 else logits.mul_(multiplier)
+    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add a product to an fp32 total, in its place where the factors are fp32 too."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
