@@ -71,7 +71,8 @@ def _spec_show(
 def _plan(
     file: Annotated[Path, typer.Argument(metavar="RUN.toml", help="The run spec.")],
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a field, such as train.seq_len=256.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a field, such as train.seq_len=256."),
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -90,6 +91,7 @@ def _plan(
         print(json.dumps({"name": run.name, "device": device.name} | prediction.as_dict(), indent=1))
     else:
         console.print(page(run, device, prediction))
+
 
 # --- train, runs ------------------------------------------------------------------------------------------------------
 
@@ -320,6 +322,39 @@ def verify(
 # --- models, serve, chat ----------------------------------------------------------------------------------------------
 
 # --- up ---------------------------------------------------------------------------------------------------------------
+
+
+@app.command("up")
+def _up(
+    port: Annotated[int, typer.Option(help="Where to listen; 0 takes a free port.")] = 8080,
+    host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 lets others in.")] = "127.0.0.1",
+    no_run: Annotated[bool, typer.Option("--no-run", help="Don't train the first run in the background.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Walk the whole line once, headless, and report.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Start the web app, with a model to talk to and a first run to watch.
+
+    With --check it walks the same line without a browser, in a temporary folder unless MODELWORKS_HOME is set, and
+    exits with 1 if a stage fails.
+
+    Example: [bold]modelworks up --port 8081[/bold]
+    """
+    if check:
+        from modelworks.web.check import check as walk
+        from modelworks.web.check import print_table
+
+        stages = walk(None if as_json else Console(stderr=True))
+        if as_json:
+            print(json.dumps({"passed": all(stage.passed for stage in stages), "stages": [s.as_dict() for s in stages]}))
+        else:
+            print_table(stages, console)
+        failed = next((stage for stage in stages if not stage.passed), None)
+        if failed is not None:
+            raise OperationError(f"the stage {failed.name} failed: {failed.detail}")
+        return
+    from modelworks.web.up import up
+
+    up(host, port, not no_run, console)
 
 
 def main() -> None:

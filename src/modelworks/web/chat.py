@@ -164,14 +164,14 @@ class ChatPage:
         """Store a question and watch its answer; whether that began. What can't be sent stays where it was typed."""
         model = self._picker.value
         if not model:
-            ui.notify("There is no model to answer yet; it is on its way.", type="warning")
+            ui.notify("There is no model to answer yet; Models has one to fetch.", type="warning", position="top")
             return False
         try:
             if self._id is None:
                 self._id = self._assistant.store.create(model).id
             await self._assistant.ask(self._id, text, parent_id, model)
         except (InputError, OperationError) as error:
-            ui.notify(str(error), type="negative", multi_line=True)
+            ui.notify(str(error), position="top", type="negative", multi_line=True)
             return False
         self._begin()
         return True
@@ -187,7 +187,7 @@ class ChatPage:
         try:
             await self._assistant.answer(self._id, message.parent_id, self._picker.value or message.model or "")
         except (InputError, OperationError) as error:
-            ui.notify(str(error), type="negative", multi_line=True)
+            ui.notify(str(error), position="top", type="negative", multi_line=True)
             return
         self._begin()
 

@@ -19,7 +19,7 @@ LOGO = (
     'stroke-linejoin="round"><path d="M3 19V7l5 4 4-6 4 6 5-4v12z"/><path d="M8 19v-4M12 19v-6M16 19v-4"/></svg>'
 )
 FAVICON = LOGO.replace("var(--accent)", "#0f766e").replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ')
-_PAGES = [("Chat", "/", "chat_bubble_outline"), ("Runs", "/runs", "show_chart"), ("Models", "/models", "deployed_code")]
+_PAGES = [("Chat", "/", "chat_bubble_outline"), ("Runs", "/runs", "show_chart"), ("Models", "/models", "layers")]
 
 
 @contextmanager
@@ -38,6 +38,7 @@ def frame(
         The conversation that is shown, if one is.
     """
     ui.page_title(f"{title} · Modelworks")
+    ui.colors(primary="#0f766e", negative="#b3261e", warning="#b7791f")
     ui.add_head_html(f'<link rel="stylesheet" href="/_modelworks/{__version__}/style.css">')
     ui.add_head_html(f'<script src="/_modelworks/{__version__}/modelworks.js"></script>')
     theme = request.cookies.get("modelworks_theme")
@@ -45,9 +46,9 @@ def frame(
         ui.dark_mode(theme == "dark")
     side = Side(services, here, conversation_id)
     with ui.header().classes("bar") as bar:
-        ui.button(icon="menu", on_click=side.drawer.toggle).props('flat round dense aria-label="Menu"')
+        ui.button(icon="menu", on_click=side.drawer.toggle).props('flat round dense color=grey aria-label="Menu"')
         side.bar = ui.element("div").classes("grow row-line").style("flex-wrap:nowrap;gap:8px")
-        theme_button = ui.button(icon="contrast").props('flat round dense aria-label="Dark or light"')
+        theme_button = ui.button(icon="contrast").props('flat round dense color=grey aria-label="Dark or light"')
         theme_button.on("click", js_handler="() => modelworks.theme()")
     bar.props(remove="elevated")
     yield side
@@ -85,7 +86,7 @@ class Side:
         with ui.element("div").classes(f"talk{here}"):
             with ui.element("a").props(f'href="/c/{conversation.id}"'):
                 ui.label(conversation.title).style("overflow:hidden;text-overflow:ellipsis")
-            with ui.button(icon="more_horiz").props('flat round dense size=sm aria-label="More"'), ui.menu():
+            with ui.button(icon="more_horiz").props('flat round dense size=sm color=grey aria-label="More"'), ui.menu():
                 ui.menu_item("Rename", lambda: self._rename(conversation))
                 ui.menu_item("Delete", lambda: self._delete(conversation))
 
@@ -95,7 +96,7 @@ class Side:
             try:
                 self._services.assistant.store.rename(conversation.id, title)
             except InputError as error:
-                ui.notify(str(error), type="warning")
+                ui.notify(str(error), position="top", type="warning")
             self.refresh()
 
     async def _delete(self, conversation: Conversation) -> None:
@@ -133,7 +134,7 @@ async def ask(question: str, verb: str, note: str = "", text: str | None = None)
 
 def icon_button(icon: str, name: str, action: Callable[[], object]) -> ui.button:
     """A small quiet button with an icon, named for screen readers and in a tooltip."""
-    button = ui.button(icon=icon, on_click=action).props(f'flat round dense size=sm aria-label="{name}"')
+    button = ui.button(icon=icon, on_click=action).props(f'flat round dense size=sm color=grey aria-label="{name}"')
     with button:
         ui.tooltip(name)
     return button

@@ -100,7 +100,7 @@ class ModelList:
         try:
             await asyncio.to_thread(self._services.store.remove, model.name)
         except (InputError, OperationError) as error:
-            ui.notify(str(error), type="negative")
+            ui.notify(str(error), position="top", type="negative")
         self._refresh()
 
 

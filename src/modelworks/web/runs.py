@@ -12,6 +12,7 @@ from typing import Any
 from fastapi import Request
 from nicegui import ui
 
+from modelworks.launch import local
 from modelworks.spec.errors import InputError, OperationError
 from modelworks.train.record import MetricsReader, RunRecord, Status, list_runs
 from modelworks.web import charts
@@ -48,7 +49,7 @@ def register(services: Services) -> None:
                     ui.html("<h2>No such run</h2>")
                     ui.label(str(error))
                 return
-            RunPage(record)
+            RunPage(services, record)
 
 
 class RunList:
@@ -92,8 +93,8 @@ def _card(name: str, status: Status) -> None:
 class RunPage:
     """One run: where it stands, its curves, and what can be done to it."""
 
-    def __init__(self, record: RunRecord) -> None:
-        self._record = record
+    def __init__(self, services: Services, record: RunRecord) -> None:
+        self._services, self._record = services, record
         self._reader = MetricsReader(record.folder)
         self._rows: list[dict[str, Any]] = []
         self._status: Status | None = None
@@ -187,19 +188,18 @@ class RunPage:
             await asyncio.to_thread(self._record.stop)
             ui.notify("It saves a checkpoint and stops.")
         except OperationError as error:
-            ui.notify(str(error), type="warning")
+            ui.notify(str(error), position="top", type="warning")
         finally:
             self._stop.enable()
 
     async def _go_on(self) -> None:
-        from modelworks.launch import local
-
         self._resume.disable()
         try:
+            self._services.begun_runs.add(self._record.name)
             await asyncio.to_thread(local.resume, self._record.name)
             ui.notify("It goes on from its last checkpoint.")
         except (InputError, OperationError) as error:
-            ui.notify(str(error), type="negative", multi_line=True)
+            ui.notify(str(error), position="top", type="negative", multi_line=True)
         finally:
             self._resume.enable()
 

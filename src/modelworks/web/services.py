@@ -35,6 +35,8 @@ class Services:
     engine: Engine
     assistant: Assistant
     pulls: dict[str, Pull] = field(default_factory=dict)
+    begun_runs: set[str] = field(default_factory=set)
+    """Names of the runs that this server began or resumed; they end with it."""
 
     def pull(self, name: str) -> Pull:
         """Begin to fetch a model, unless it is on its way already."""
