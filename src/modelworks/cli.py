@@ -134,7 +134,7 @@ def _train(
 
     Ctrl-C and SIGTERM save a checkpoint and stop (exit codes 130 and 0); a second Ctrl-C ends at once.
 
-    Example: [bold]modelworks train examples/first-run.toml --set train.tokens=500_000[/bold]
+    Example: [bold]modelworks train examples/grok-tiny.toml --set train.tokens=500_000[/bold]
     """
     from modelworks.spec.files import load_run
     from modelworks.train.interrupt import Interrupted, exit_code
