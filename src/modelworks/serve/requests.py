@@ -212,7 +212,7 @@ class ChatRequest(Generation):
         names = [tool.function.name for tool in self.tools or []]
         if len(set(names)) < len(names):
             raise _refuse("tools holds two functions of one name")
-        if self.tool_choice not in {None, "none", "auto"} and not names:
+        if self.tool_choice not in (None, "none", "auto") and not names:
             raise _refuse("tool_choice asks for a call and tools is empty")
         if isinstance(self.tool_choice, _NamedTool) and self.tool_choice.function.name not in names:
             raise _refuse(f"tool_choice names {self.tool_choice.function.name[:64]!r}; tools has {', '.join(names)}")
@@ -249,11 +249,13 @@ class CompletionRequest(Generation):
     @classmethod
     def _well_formed(cls, prompt: Any) -> Any:
         kinds = {type(part) for part in prompt} if isinstance(prompt, list) else set()
-        if isinstance(prompt, str) or kinds in ({str}, {int}):
+        if (isinstance(prompt, str) and prompt) or kinds == {int} or (kinds == {str} and all(prompt)):
             return prompt
         if kinds == {list} and all(part and all(type(token) is int for token in part) for part in prompt):
             return prompt
-        raise _refuse("a text, a list of texts, a list of token numbers or a list of such lists is accepted")
+        raise _refuse(
+            "a text that is not empty, a list of such texts, a list of token numbers or a list of such lists is accepted"
+        )
 
     @model_validator(mode="after")
     def _can_be_done(self) -> CompletionRequest:
