@@ -1,0 +1,207 @@
+"""What a GGUF file says of a network: a model spec as metadata, and metadata as a model spec.
+
+Three architectures of llama.cpp: `grok`; `llama`, which is also Mixtral's; `qwen3`. `llama` turns pairs of
+neighbouring dimensions, where we (and Hugging Face) pair each with the one half a head away, so that the rows of its
+queries and keys are in another order; the other two are in ours.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from modelworks.model.attention import rotary_frequencies
+from modelworks.model.support import rope_scaling_kind
+from modelworks.release.gguf_file import GgufFile
+from modelworks.spec.errors import InputError
+from modelworks.spec.fields import validate
+from modelworks.spec.huggingface import layout_of
+from modelworks.spec.model import ModelSpec
+
+ARCHITECTURES = {"grok-1": "grok", "llama": "llama", "mixtral": "llama", "qwen3": "qwen3"}
+ROPE_FACTORS = "rope_freqs.weight"
+"""What each rotary frequency is divided by (D / 2), in files of networks with Llama 3.1's scaling."""
+_LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_LLAMA3_ORIGINAL = 8192
+_LLAMA3_FACTORS = (8.0, 32.0)
+"""The scalings that were published: Llama 3.1's and Llama 3.2's."""
+
+
+def metadata_of(spec: ModelSpec) -> tuple[str, dict[str, Any]]:
+    """A network's architecture in llama.cpp, and its fields under llama.cpp's keys (without the architecture's name).
+
+    Raises
+    ------
+    InputError
+        If a field of the network has no key there: what is written always reads back as the same network.
+    """
+    architecture = ARCHITECTURES[layout_of(spec)]
+    values: dict[str, Any] = {
+        "vocab_size": spec.vocab,
+        "context_length": spec.context,
+        "embedding_length": spec.hidden,
+        "block_count": spec.layers,
+        "feed_forward_length": spec.moe.expert_hidden if spec.moe else spec.ffn_hidden,
+        "attention.head_count": spec.heads,
+        "attention.head_count_kv": spec.kv_heads,
+        "attention.key_length": spec.head_dim,
+        "attention.value_length": spec.head_dim,
+        "attention.layer_norm_rms_epsilon": float(spec.norm_eps),
+        "rope.dimension_count": spec.head_dim,
+        "rope.freq_base": float(spec.rope_base),
+    }
+    if rope_scaling_kind(spec) == "linear" and spec.rope_scaling is not None:
+        values |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(spec.rope_scaling["factor"])}
+    if spec.moe is not None:
+        values |= {"expert_count": spec.moe.experts, "expert_used_count": spec.moe.top_k}
+    if architecture == "grok":
+        values |= {
+            "expert_feed_forward_length": values["feed_forward_length"],
+            "logit_scale": float(spec.output_multiplier),
+            "embedding_scale": float(spec.embedding_multiplier),
+            "attention.output_scale": float(spec.attention_scale),
+            "attn_logit_softcapping": float(spec.attention_softcap or 0.0),
+        }
+    _refuse_lossy(spec, architecture, values)
+    return architecture, values
+
+
+def spec_of(file: GgufFile) -> ModelSpec:
+    """The network that a file's metadata describes.
+
+    Raises
+    ------
+    InputError
+        If the architecture isn't known, or a key is missing or out of range.
+    """
+    architecture = file.architecture
+    if architecture not in set(ARCHITECTURES.values()):
+        accepted = ", ".join(sorted(set(ARCHITECTURES.values())))
+        raise InputError(f"{file.path}: its architecture is {architecture!r}; {accepted} are accepted")
+    prefix = f"{architecture}."
+    values = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
+    values.setdefault("vocab_size", len(file.metadata.get("tokenizer.ggml.tokens", [])))
+    tied, biased = "output.weight" not in file.tensors, "blk.0.attn_q.bias" in file.tensors
+    mlp_biased = "blk.0.ffn_down.bias" in file.tensors
+    fields = _fields(architecture, values, str(file.path), tied=tied, attention_bias=biased, mlp_bias=mlp_biased)
+    if ROPE_FACTORS in file.tensors:
+        fields["rope_scaling"] = _llama3_scaling(file, validate(ModelSpec, fields, where=str(file.path)))
+    spec = validate(ModelSpec, fields, where=str(file.path))
+    if spec.layers > len(file.tensors):
+        raise InputError(f"{file.path}: it speaks of {spec.layers} blocks and holds {len(file.tensors)} tensors")
+    return spec
+
+
+def rope_factors(spec: ModelSpec) -> Tensor | None:
+    """What `rope_freqs.weight` holds for a network (D / 2); None where the file needs none."""
+    if rope_scaling_kind(spec) != "llama3":
+        return None
+    plain = spec.model_copy(update={"rope_scaling": None})
+    device = torch.device("cpu")
+    return rotary_frequencies(plain, device) / rotary_frequencies(spec, device)
+
+
+def to_neighbours(weight: Tensor, heads: int) -> Tensor:
+    """Reorder rows (heads * D, ...) so that the pairs (i, i + D / 2) of each head become neighbours."""
+    return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(weight.shape)
+
+
+def from_neighbours(weight: Tensor, heads: int) -> Tensor:
+    """Undo `to_neighbours`."""
+    return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(weight.shape)
+
+
+def rotated_heads(spec: ModelSpec, architecture: str, ours: str) -> int | None:
+    """How many heads a parameter's rows make up, where the architecture has them in another order; else None."""
+    part = ours.split(".")[-2]
+    if architecture != "llama" or part not in ("wq", "wk"):
+        return None
+    return spec.heads if part == "wq" else spec.kv_heads
+
+
+def _fields(
+    architecture: str, values: dict[str, Any], where: str, *, tied: bool, attention_bias: bool, mlp_bias: bool
+) -> dict[str, Any]:
+    try:
+        heads, hidden = values["attention.head_count"], values["embedding_length"]
+        fields: dict[str, Any] = {
+            "layers": values["block_count"],
+            "hidden": hidden,
+            "ffn_hidden": values["feed_forward_length"],
+            "heads": heads,
+            "kv_heads": values.get("attention.head_count_kv", heads),
+            "vocab": values["vocab_size"],
+            "context": values["context_length"],
+            "norm_eps": _decimal(values["attention.layer_norm_rms_epsilon"]),
+            "rope_base": _decimal(values.get("rope.freq_base", 10_000.0)),
+            "tied_embeddings": tied,
+            "attention_bias": attention_bias,
+            "mlp_bias": mlp_bias,
+            "qk_norm": architecture == "qwen3",
+        }
+        if "attention.key_length" in values:
+            fields["head_dim"] = values["attention.key_length"]
+        scaling = values.get("rope.scaling.type", "none")
+        if scaling != "none":
+            fields["rope_scaling"] = {"rope_type": scaling, "factor": _decimal(values.get("rope.scaling.factor", 1.0))}
+        if values.get("expert_count", 0):
+            width = values.get("expert_feed_forward_length", values["feed_forward_length"])
+            fields["moe"] = {"experts": values["expert_count"], "top_k": values["expert_used_count"]}
+            fields["moe"] |= {"expert_hidden": width, "renormalize": architecture == "llama"}
+        if architecture == "grok":
+            fields |= {
+                "activation": "gelu",
+                "norm_placement": "sandwich",
+                "attention_multiplier": _decimal(values["attention.output_scale"]),
+                "attention_softcap": _decimal(values["attn_logit_softcapping"]),
+                "embedding_multiplier": _decimal(values["embedding_scale"]),
+                "output_multiplier": _decimal(values["logit_scale"]),
+            }
+    except KeyError as error:
+        raise InputError(f"{where}: the key {architecture}.{error.args[0]} is missing") from None
+    except (TypeError, ValueError):
+        raise InputError(f"{where}: the metadata of {architecture} has a value that isn't a number") from None
+    return fields
+
+
+def _decimal(value: float) -> float:
+    """A number that was stored in fp32, as the shortest decimal that it stands for: 1e-5 and not 9.99999974e-06."""
+    return float(str(np.float32(value)))
+
+
+def _llama3_scaling(file: GgufFile, plain: ModelSpec) -> dict[str, float | str]:
+    """The published scaling that gives the file's factors."""
+    stored = file.values(ROPE_FACTORS)
+    for factor in _LLAMA3_FACTORS:
+        scaling = _LLAMA3 | {"factor": factor, "original_max_position_embeddings": _LLAMA3_ORIGINAL}
+        factors = rope_factors(plain.model_copy(update={"rope_scaling": scaling}))
+        if factors is not None and np.allclose(factors.numpy(), stored, rtol=1e-4):
+            return scaling
+    raise InputError(f"{file.path}: {ROPE_FACTORS} holds no published scaling of Llama 3.1 or 3.2")
+
+
+def _refuse_lossy(spec: ModelSpec, architecture: str, values: dict[str, Any]) -> None:
+    """Refuse a network that its own metadata would not give back (numbers to fp32's precision)."""
+    if architecture == "grok" and spec.attention_softcap is None:
+        raise InputError("model.attention_softcap is missing: llama.cpp's grok has one, and a positive number is accepted")
+    fields = _fields(
+        architecture,
+        values,
+        "metadata",
+        tied=spec.tied_embeddings,
+        attention_bias=spec.attention_bias,
+        mlp_bias=spec.mlp_bias,
+    )
+    back = validate(ModelSpec, fields, where="metadata")
+    for name in ModelSpec.model_fields:
+        given, read = getattr(spec, name), getattr(back, name)
+        if name in ("name", "preset", "ffn_hidden", "rope_scaling") or given == read:
+            continue
+        if isinstance(given, float) and isinstance(read, float) and np.float32(given) == np.float32(read):
+            continue
+        if name == "attention_multiplier" and np.float32(spec.attention_scale) == np.float32(back.attention_scale):
+            continue
+        raise InputError(f"model.{name} = {given!r} has no place in llama.cpp's {architecture}: {read!r} is accepted")

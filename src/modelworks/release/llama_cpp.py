@@ -1,0 +1,144 @@
+"""llama.cpp beside us, in a process of its own: what it predicts, without being able to take us down with it.
+
+`python -m modelworks.release.llama_cpp FILE` reads a question from standard input and writes the answer to FILE.
+It runs on one thread, with keys and values in fp32 and without flash attention, so that what it computes is the
+network and not a shortcut.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from modelworks.spec.errors import OperationError
+
+TIMEOUT_S = 600.0
+
+
+def next_token_probabilities(
+    model: Path, prompts: Sequence[Sequence[int]], vocabulary: int, timeout_s: float = TIMEOUT_S
+) -> np.ndarray:
+    """What llama.cpp expects after each prompt.
+
+    Parameters
+    ----------
+    model
+        A GGUF file.
+    prompts
+        Token ids.
+    vocabulary
+        How many pieces the network's vocabulary has.
+
+    Returns
+    -------
+    np.ndarray
+        (prompts, vocabulary) in fp64, each row summing to one.
+
+    Raises
+    ------
+    OperationError
+        If llama.cpp refuses the file, crashes or takes too long; its last words are in the message.
+    """
+    bodies = [
+        {"prompt": list(prompt), "n_predict": 1, "n_probs": vocabulary, "temperature": 0.0, "cache_prompt": False}
+        for prompt in prompts
+    ]
+    probabilities = np.zeros((len(prompts), vocabulary))
+    for row, answer in zip(probabilities, _ask(model, bodies, timeout_s), strict=True):
+        ids, logarithms = answer["ids"], answer["logprobs"]
+        if len(ids) != vocabulary:
+            raise OperationError(f"{model}: llama.cpp gave {len(ids)} probabilities for a vocabulary of {vocabulary}")
+        row[ids] = np.exp(logarithms)
+    return probabilities
+
+
+def greedy_continuations(
+    model: Path, prompts: Sequence[Sequence[int]], tokens: int, timeout_s: float = TIMEOUT_S
+) -> list[list[int]]:
+    """The likeliest token after each prompt, `tokens` times over, as token ids.
+
+    Raises
+    ------
+    OperationError
+        As `next_token_probabilities`.
+    """
+    bodies = [
+        {"prompt": list(prompt), "n_predict": tokens, "temperature": 0.0, "return_tokens": True, "ignore_eos": True}
+        for prompt in prompts
+    ]
+    return [answer["tokens"] for answer in _ask(model, bodies, timeout_s)]
+
+
+def _ask(model: Path, bodies: list[dict[str, Any]], timeout_s: float) -> list[dict[str, Any]]:
+    """Put questions to a llama.cpp of our own and wait for all answers."""
+    longest = max(len(body["prompt"]) + body["n_predict"] for body in bodies)
+    question = {"model": str(model), "context": longest + 8, "bodies": bodies}
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder) / "answer.json"
+        command = [sys.executable, "-m", __name__, str(answer)]
+        try:
+            finished = subprocess.run(
+                command, input=json.dumps(question), capture_output=True, text=True, timeout=timeout_s, check=False
+            )
+        except subprocess.TimeoutExpired:
+            raise OperationError(f"{model}: llama.cpp took more than {timeout_s:.0f} s") from None
+        if finished.returncode != 0 or not answer.is_file():
+            raise OperationError(f"{model}: llama.cpp failed ({_last_words(finished.stderr, finished.returncode)})")
+        answers: list[dict[str, Any]] = json.loads(answer.read_text())
+    return answers
+
+
+def _last_words(stderr: str, code: int) -> str:
+    told = [line.strip() for line in stderr.splitlines() if "error" in line.lower()]
+    return told[-1][-300:] if told else f"exit code {code}"
+
+
+def _answer(question: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the process of its own does: load the model, ask it over its own HTTP address, shorten the answers."""
+    import xllamacpp
+
+    settings = xllamacpp.CommonParams()
+    settings.model.path = question["model"]
+    settings.n_ctx = question["context"]
+    settings.n_parallel = 1
+    settings.warmup = False
+    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = 1
+    settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    server = xllamacpp.Server(settings)
+    return [_shortened(_post(f"{server.listening_address}/completion", body)) for body in question["bodies"]]
+
+
+def _post(address: str, body: dict[str, Any]) -> dict[str, Any]:
+    request = urllib.request.Request(  # noqa: S310: the address is that of our own server
+        address, json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(request) as response:  # noqa: S310
+            answer: dict[str, Any] = json.load(response)
+    except urllib.error.HTTPError as error:
+        raise OperationError(f"error {error.code}: {error.read().decode(errors='replace')[:200]}") from None
+    return answer
+
+
+def _shortened(answer: dict[str, Any]) -> dict[str, Any]:
+    listed = answer.get("completion_probabilities", [])
+    top = listed[0]["top_logprobs"] if listed else []
+    return {
+        "tokens": answer.get("tokens", []),
+        "ids": [entry["id"] for entry in top],
+        "logprobs": [max(entry["logprob"], -1e30) for entry in top],
+    }
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(json.dumps(_answer(json.load(sys.stdin))))
