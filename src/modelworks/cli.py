@@ -276,6 +276,46 @@ def _with_progress(work: Callable[[Callable[[str, int, int], None]], Result]) ->
         return work(lambda what, done, total: bar.update(task, description=what, completed=done, total=total or None))
 
 
+@app.command()
+def release(
+    run: RunName,
+    to: Annotated[str, typer.Option(help="safetensors, gguf or both, with a comma between.")] = "safetensors,gguf",
+    quantize: Annotated[str | None, typer.Option(help="f32, f16, bf16, q8_0, q4_k; with commas between.")] = None,
+    layout: Annotated[str, typer.Option(help="Names of Grok-1's tensors: sglang, or vllm (up to 0.24).")] = "sglang",
+    dtype: WeightType = "float32",
+    as_json: JsonFlag = False,
+) -> None:
+    """Turn a run into packages for others' tools, verified, with a model card.
+
+    Example: modelworks release grok-tiny --to safetensors,gguf --quantize q8_0,q4_k
+    """
+    from modelworks.release.package import release_run
+    from modelworks.serve.store import Store
+    from modelworks.train.record import RunRecord
+
+    if layout not in ("sglang", "vllm"):
+        raise InputError(f"--layout {layout} is not accepted: sglang or vllm is")
+    folder = RunRecord(run).folder
+    kinds = quantize.split(",") if quantize else None
+    result = _with_progress(
+        lambda progress: release_run(folder, to.split(","), kinds, progress, dtype=dtype, vllm=layout == "vllm")
+    )
+    if result.gguf is not None:
+        Store().add(folder.name, result.gguf, source=f"run {folder.name}")
+    if as_json:
+        verification = {name: found.as_dict() for name, found in result.verification.items()}
+        print(json.dumps({"folder": str(result.folder), "files": sorted(result.files), "verification": verification}))
+        return
+    for name, path in result.files.items():
+        console.print(f"{path.stat().st_size:>14,} bytes  {name}", soft_wrap=True, highlight=False)
+    for name, found in result.verification.items():
+        console.print(
+            f"{name}: probabilities differ by at most {found.largest_difference:.2g}, "
+            f"same first choice on {found.same_first_choice:.0%} of {found.prompts} prompts",
+            soft_wrap=True,
+        )
+
+
 @import_app.command("grok-1")
 def import_grok1_command(
     folder: Annotated[Path, typer.Argument(help="The release: the folder that holds ckpt-0.")],
@@ -293,11 +333,43 @@ def import_grok1_command(
     console.print(f"{spec.parameters.total:,} parameters in {out}", soft_wrap=True)
 
 
+@import_app.command("hf")
+def import_hf_command(
+    folder: Annotated[Path, typer.Argument(help="A Hugging Face folder with config.json and safetensors files.")],
+    out: OutFolder,
+    dtype: WeightType = "float32",
+) -> None:
+    """Check a Hugging Face folder against its config and write it as a model of ours.
+
+    Example: modelworks import hf SmolLM2-135M-Instruct --out smollm2
+    """
+    from modelworks.release.gguf_import import import_huggingface
+
+    spec = _with_progress(lambda progress: import_huggingface(folder, out, dtype, progress))
+    console.print(f"{spec.parameters.total:,} parameters in {out}", soft_wrap=True)
+
+
+@import_app.command("gguf")
+def import_gguf_command(
+    file: Annotated[Path, typer.Argument(help="A GGUF file of the architecture llama, grok or qwen3.")],
+    out: OutFolder,
+    dtype: WeightType = "float32",
+) -> None:
+    """Turn a GGUF file, dequantised, and its tokenizer into a Hugging Face folder.
+
+    Example: modelworks import gguf SmolLM2-135M-Instruct.Q4_1.gguf --out smollm2
+    """
+    from modelworks.release.gguf_import import import_gguf
+
+    spec = _with_progress(lambda progress: import_gguf(file, out, dtype, progress))
+    console.print(f"{spec.parameters.total:,} parameters in {out}", soft_wrap=True)
+
+
 @app.command()
 def verify(
     model: Annotated[Path, typer.Argument(help="A Hugging Face folder, or a run's folder.")],
     logits: Annotated[Path, typer.Option(help="An .npz with tokens (B, T) and logits (B, T, V).")],
-    tolerance: Annotated[float, typer.Option(help="Of the largest difference, in reference standard deviations.")] = 2e-3,
+    tolerance: Annotated[float, typer.Option(help="Of the largest difference, in standard deviations.")] = 2e-3,
     as_json: JsonFlag = False,
 ) -> None:
     """Hold a model's fp32 logits against reference ones; exit code 1 if they differ.
@@ -320,6 +392,128 @@ def verify(
 
 
 # --- models, serve, chat ----------------------------------------------------------------------------------------------
+
+DEFAULT_MODEL = "smollm2-135m"
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A model's name, as `models list` shows it.")]
+
+
+@models_app.command("list")
+def _models_list(as_json: JsonFlag = False) -> None:
+    """List what can be served (served), fetched (source), and built from the catalog (catalog).
+
+    Example: [bold]modelworks models list[/bold]
+    """
+    from modelworks.serve.listing import listing, table
+
+    rows = listing()
+    if as_json:
+        print(json.dumps(rows, indent=1))
+    else:
+        console.print(table(rows))
+
+
+@models_app.command("pull")
+def _models_pull(name: Annotated[str, typer.Argument(metavar="NAME")] = DEFAULT_MODEL, as_json: JsonFlag = False) -> None:
+    """Fetch a model, check it against its known checksum, and store it to be served.
+
+    Example: [bold]modelworks models pull smollm2-135m[/bold]
+    """
+    model = _pulled(name, quiet=as_json)
+    if as_json:
+        print(json.dumps(vars(model), indent=1))
+    else:
+        console.print(f"{model.name} is here: {model.bytes:,} bytes from {model.source}", highlight=False)
+
+
+def _pulled(name: str, quiet: bool = False) -> Any:
+    """The model of that name, fetched with a progress bar if it isn't stored."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    from modelworks.serve.store import Store
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet) as bar:
+        task = bar.add_task(f"Fetching {name}", total=None)
+        return Store().pull(name, lambda done, total: bar.update(task, completed=done, total=total))
+
+
+@models_app.command("rm")
+def _models_rm(name: Annotated[str, typer.Argument(metavar="NAME")], as_json: JsonFlag = False) -> None:
+    """Remove a served model and its file.
+
+    Example: [bold]modelworks models rm smollm2-135m[/bold]
+    """
+    from modelworks.serve.store import Store
+
+    Store().remove(name)
+    print(json.dumps({"removed": name})) if as_json else console.print(f"{name} is removed", highlight=False)
+
+
+def _served(name: str) -> Any:
+    """A store that holds the model; the default one is fetched if it isn't there."""
+    from modelworks.serve.store import Store
+
+    store = Store()
+    if name == DEFAULT_MODEL:
+        _pulled(name)
+    store.get(name)
+    return store
+
+
+Slots = Annotated[int, typer.Option(min=1, max=256, help="Chats that a model answers at once; more wait.")]
+Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="Threads that compute; default: cores minus one.")]
+ContextTokens = Annotated[int, typer.Option(min=16, help="Tokens per chat, prompt and answer together.")]
+
+
+@app.command("serve")
+def _serve(
+    model: ModelName = DEFAULT_MODEL,
+    host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 is every network.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 takes a free one.")] = 8000,
+    slots: Slots = 4,
+    threads: Threads = None,
+    context: ContextTokens = 4096,
+) -> None:
+    """Serve the stored models over an OpenAI-compatible API; MODEL is loaded at once, others when asked for.
+
+    Example: [bold]modelworks serve smollm2-135m --port 8000[/bold]
+    """
+    from modelworks.serve.listen import serve
+
+    store = _served(model)
+    serve(store, model, host=host, port=port, slots=slots, threads=threads, context=context)
+
+
+@app.command("chat")
+def _chat(
+    model: ModelName = DEFAULT_MODEL,
+    message: Annotated[list[str] | None, typer.Option("--message", "-m", help="Answer this and leave.")] = None,
+    system: Annotated[str, typer.Option(help="What the model is told first.")] = "You are a helpful assistant.",
+    threads: Threads = None,
+    context: ContextTokens = 4096,
+) -> None:
+    """Chat with a stored model in the terminal; piped text is answered and that is all.
+
+    Example: [bold]modelworks chat -m "Name three colours."[/bold]
+    """
+    import asyncio
+
+    from modelworks.serve.llamacpp import EngineSettings, LlamaCppEngine
+    from modelworks.serve.terminal import converse
+
+    messages = list(message or [])
+    if not messages and not sys.stdin.isatty():
+        messages = [text for text in [sys.stdin.read().strip()] if text]
+        if not messages:
+            raise InputError("there is nothing to answer: standard input is empty; give --message TEXT or pipe a text")
+    store = _served(model)
+
+    async def talk() -> None:
+        engine = LlamaCppEngine(store, EngineSettings(slots=1, threads=threads, context=context))
+        await converse(engine, model, system, messages, console)
+
+    asyncio.run(talk())
+
 
 # --- up ---------------------------------------------------------------------------------------------------------------
 

@@ -76,7 +76,9 @@ def _checked(content: GgufFile, spec: ModelSpec) -> dict[str, TensorPlace]:
             )
     surplus = set(content.tensors) - {place.theirs for place in by_ours.values()} - {ROPE_FACTORS}
     if surplus:
-        raise InputError(f"{content.path}: holds {len(surplus)} tensors that the network has no place for: {min(surplus)}")
+        raise InputError(
+            f"{content.path}: holds {len(surplus)} tensors that the network has no place for: {min(surplus)}"
+        )
     return by_ours
 
 

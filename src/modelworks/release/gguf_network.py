@@ -24,7 +24,7 @@ from modelworks.spec.model import ModelSpec
 ARCHITECTURES = {"grok-1": "grok", "llama": "llama", "mixtral": "llama", "qwen3": "qwen3"}
 ROPE_FACTORS = "rope_freqs.weight"
 """What each rotary frequency is divided by (D / 2), in files of networks with Llama 3.1's scaling."""
-_LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_LLAMA3: dict[str, float | str] = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _LLAMA3_ORIGINAL = 8192
 _LLAMA3_FACTORS = (8.0, 32.0)
 """The scalings that were published: Llama 3.1's and Llama 3.2's."""
@@ -106,12 +106,12 @@ def rope_factors(spec: ModelSpec) -> Tensor | None:
 
 def to_neighbours(weight: Tensor, heads: int) -> Tensor:
     """Reorder rows (heads * D, ...) so that the pairs (i, i + D / 2) of each head become neighbours."""
-    return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(weight.shape)
+    return weight.reshape(heads, 2, -1, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
 
 
 def from_neighbours(weight: Tensor, heads: int) -> Tensor:
     """Undo `to_neighbours`."""
-    return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(weight.shape)
+    return weight.reshape(heads, -1, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
 
 
 def rotated_heads(spec: ModelSpec, architecture: str, ours: str) -> int | None:
@@ -176,7 +176,8 @@ def _llama3_scaling(file: GgufFile, plain: ModelSpec) -> dict[str, float | str]:
     """The published scaling that gives the file's factors."""
     stored = file.values(ROPE_FACTORS)
     for factor in _LLAMA3_FACTORS:
-        scaling = _LLAMA3 | {"factor": factor, "original_max_position_embeddings": _LLAMA3_ORIGINAL}
+        scaling: dict[str, float | str] = {**_LLAMA3, "factor": factor}
+        scaling["original_max_position_embeddings"] = _LLAMA3_ORIGINAL
         factors = rope_factors(plain.model_copy(update={"rope_scaling": scaling}))
         if factors is not None and np.allclose(factors.numpy(), stored, rtol=1e-4):
             return scaling
@@ -186,7 +187,9 @@ def _llama3_scaling(file: GgufFile, plain: ModelSpec) -> dict[str, float | str]:
 def _refuse_lossy(spec: ModelSpec, architecture: str, values: dict[str, Any]) -> None:
     """Refuse a network that its own metadata would not give back (numbers to fp32's precision)."""
     if architecture == "grok" and spec.attention_softcap is None:
-        raise InputError("model.attention_softcap is missing: llama.cpp's grok has one, and a positive number is accepted")
+        raise InputError(
+            "model.attention_softcap is missing: llama.cpp's grok has one, and a positive number is accepted"
+        )
     fields = _fields(
         architecture,
         values,

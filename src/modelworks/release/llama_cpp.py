@@ -8,6 +8,7 @@ network and not a shortcut.
 from __future__ import annotations
 
 import json
+import string
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from modelworks.release.gguf_file import read_gguf
 from modelworks.spec.errors import OperationError
 
 TIMEOUT_S = 600.0
@@ -48,16 +50,19 @@ def next_token_probabilities(
     OperationError
         If llama.cpp refuses the file, crashes or takes too long; its last words are in the message.
     """
-    bodies = [
-        {"prompt": list(prompt), "n_predict": 1, "n_probs": vocabulary, "temperature": 0.0, "cache_prompt": False}
-        for prompt in prompts
-    ]
+    # llama.cpp answers nothing after a token that ends the text or is a part of a character. So it is made to choose a
+    # letter; the probabilities are those of the network, before that.
+    asked: dict[str, Any] = {"n_predict": 1, "n_probs": vocabulary, "temperature": 0.0, "cache_prompt": False}
+    asked["logit_bias"] = [[_letter(model), 1e4]]
+    bodies = [{"prompt": list(prompt), **asked} for prompt in prompts]
     probabilities = np.zeros((len(prompts), vocabulary))
     for row, answer in zip(probabilities, _ask(model, bodies, timeout_s), strict=True):
         ids, logarithms = answer["ids"], answer["logprobs"]
         if len(ids) != vocabulary:
             raise OperationError(f"{model}: llama.cpp gave {len(ids)} probabilities for a vocabulary of {vocabulary}")
         row[ids] = np.exp(logarithms)
+    # llama.cpp's own sums are in fp32 and miss one by some 1e-4.
+    probabilities /= probabilities.sum(-1, keepdims=True)
     return probabilities
 
 
@@ -76,6 +81,15 @@ def greedy_continuations(
         for prompt in prompts
     ]
     return [answer["tokens"] for answer in _ask(model, bodies, timeout_s)]
+
+
+def _letter(model: Path) -> int:
+    """The id of a piece that is one letter."""
+    tokens = read_gguf(model).metadata.get("tokenizer.ggml.tokens", [])
+    for index, token in enumerate(tokens):
+        if len(token) == 1 and token in string.ascii_letters:
+            return index
+    raise OperationError(f"{model}: its tokenizer has no letters")
 
 
 def _ask(model: Path, bodies: list[dict[str, Any]], timeout_s: float) -> list[dict[str, Any]]:
@@ -104,7 +118,7 @@ def _last_words(stderr: str, code: int) -> str:
 
 def _answer(question: dict[str, Any]) -> list[dict[str, Any]]:
     """What the process of its own does: load the model, ask it over its own HTTP address, shorten the answers."""
-    import xllamacpp
+    import xllamacpp  # type: ignore[import-untyped]
 
     settings = xllamacpp.CommonParams()
     settings.model.path = question["model"]
@@ -119,9 +133,8 @@ def _answer(question: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _post(address: str, body: dict[str, Any]) -> dict[str, Any]:
-    request = urllib.request.Request(  # noqa: S310: the address is that of our own server
-        address, json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
+    # The address is that of our own server.
+    request = urllib.request.Request(address, json.dumps(body).encode(), {"Content-Type": "application/json"})  # noqa: S310
     try:
         with urllib.request.urlopen(request) as response:  # noqa: S310
             answer: dict[str, Any] = json.load(response)

@@ -129,12 +129,14 @@ def _least_squares(blocks: np.ndarray, levels: np.ndarray) -> tuple[np.ndarray, 
 
 def _levels(blocks: np.ndarray, scale: np.ndarray, minimum: np.ndarray) -> np.ndarray:
     inverse = np.where(scale > 0, 1 / np.where(scale > 0, scale, 1), 0)
-    return np.clip(np.rint((blocks + minimum[..., None]) * inverse[..., None]), 0, 15)
+    levels: np.ndarray = np.clip(np.rint((blocks + minimum[..., None]) * inverse[..., None]), 0, 15)
+    return levels
 
 
 def _loss(blocks: np.ndarray, scale: np.ndarray, minimum: np.ndarray) -> np.ndarray:
     found = scale[..., None] * _levels(blocks, scale, minimum) - minimum[..., None]
-    return ((found - blocks) ** 2).sum(-1)
+    loss: np.ndarray = ((found - blocks) ** 2).sum(-1)
+    return loss
 
 
 def _in_units(values: np.ndarray, unit: np.ndarray) -> np.ndarray:

@@ -27,6 +27,7 @@ class RunContent:
     status: dict[str, Any] = field(default_factory=dict)
     plan: dict[str, Any] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)
+    data_manifest: dict[str, Any] = field(default_factory=dict)
 
     @property
     def tokenizer(self) -> Path:
@@ -62,6 +63,7 @@ def load_run_content(folder: Path) -> RunContent:
         status=_table(folder / "status.json"),
         plan=_table(folder / "plan.json"),
         metrics=_rows(folder / "metrics.jsonl"),
+        data_manifest=_table(folder / "data.json"),
     )
 
 

@@ -70,9 +70,10 @@ def _take_place(temporary: Path, target: Path) -> None:
 
 
 def _flush(folder: Path) -> None:
-    """Bring every file to the disk, so that the rename never comes before the content."""
+    """Bring every file to the disk, so that the rename never comes before the content, and let others read it."""
     for path in folder.rglob("*"):
         if path.is_file():
+            path.chmod(0o644)
             handle = os.open(path, os.O_RDONLY)
             try:
                 os.fsync(handle)

@@ -19,8 +19,16 @@ from modelworks.spec.errors import InputError
 
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 _PLAIN_BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-_LLAMA3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3_PATTERN = "|".join(
+    (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
+        r"[^\r\n\p{L}\p{N}]?\p{L}+",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    )
 )
 _QWEN2_PATTERN = _LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
 
@@ -39,7 +47,8 @@ PRE_TOKENIZERS: dict[str, dict[str, Any]] = {
 """llama.cpp's names of pre-tokenizers, and what ``tokenizer.json`` says for each."""
 
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] }}"
+    "{{ '<|im_end|>' + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 """The chat template of the models that we train: https://github.com/openai/openai-python/blob/v0.28.1/chatml.md"""
@@ -77,11 +86,13 @@ def read_vocabulary(path: Path, size: int) -> Vocabulary:
     try:
         tokenizer = Tokenizer.from_file(str(path))
         values = json.loads(tokenizer.to_str())
-    except Exception as error:  # noqa: BLE001: the library raises plain Exceptions for whatever is wrong in the file
+    except Exception as error:  # noqa: BLE001 (the library raises nothing more precise)
         raise InputError(f"{path}: cannot be read as a tokenizer.json: {error}") from None
     model = values["model"]
     if model.get("type") != "BPE" or model.get("byte_fallback") or values.get("normalizer"):
-        raise InputError(f"{path}: is {model.get('type')} with a normalizer or fallback; plain byte-level BPE is accepted")
+        raise InputError(
+            f"{path}: is {model.get('type')} with a normalizer or fallback; plain byte-level BPE is accepted"
+        )
     pieces = tokenizer.get_vocab(with_added_tokens=True)
     largest = max(pieces.values(), default=-1)
     if largest >= size:
@@ -158,7 +169,7 @@ def vocabulary_of(metadata: dict[str, Any], where: str) -> Vocabulary:
     if pre not in PRE_TOKENIZERS:
         raise InputError(f"{where}: its pre-tokenizer is {pre!r}; one of {', '.join(PRE_TOKENIZERS)} is accepted")
     tokens, merges = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.merges")
-    if not _strings(tokens) or not _strings(merges) or not tokens:
+    if not tokens or not isinstance(merges, list) or not _strings(tokens) or not _strings(merges):
         raise InputError(f"{where}: tokenizer.ggml.tokens or tokenizer.ggml.merges is missing or damaged")
     types = metadata.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
     if not isinstance(types, list) or len(types) != len(tokens) or len(set(tokens)) != len(tokens):
