@@ -23,6 +23,7 @@ _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<
 _STRING, _ARRAY = 8, 9
 _MOST_ENTRIES = 1 << 20
 _MOST_DIMENSIONS = 4
+_LONGEST_NAME = 64
 
 
 class _BrokenError(Exception):
@@ -148,6 +149,8 @@ def _parse(reader: _Reader) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
 
 def _description(reader: _Reader) -> tuple[str, tuple[int, ...], gguf.GGMLQuantizationType, int]:
     name, dimensions = reader.string(), reader.number("<I")
+    if len(name) > _LONGEST_NAME or not name.isprintable():
+        raise _BrokenError(f"a tensor's name is {name[:_LONGEST_NAME]!r}")
     if not 0 < dimensions <= _MOST_DIMENSIONS:
         raise _BrokenError(f"{name} has {dimensions} dimensions")
     shape = tuple(reader.number("<Q") for _ in range(dimensions))[::-1]

@@ -80,7 +80,7 @@ def spec_of(file: GgufFile) -> ModelSpec:
     architecture = file.architecture
     if architecture not in set(ARCHITECTURES.values()):
         accepted = ", ".join(sorted(set(ARCHITECTURES.values())))
-        raise InputError(f"{file.path}: its architecture is {architecture!r}; {accepted} are accepted")
+        raise InputError(f"{file.path}: its architecture is {architecture[:40]!r}; {accepted} are accepted")
     prefix = f"{architecture}."
     values = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
     values.setdefault("vocab_size", len(file.metadata.get("tokenizer.ggml.tokens", [])))

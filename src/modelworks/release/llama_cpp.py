@@ -69,7 +69,7 @@ def next_token_probabilities(
 def greedy_continuations(
     model: Path, prompts: Sequence[Sequence[int]], tokens: int, timeout_s: float = TIMEOUT_S
 ) -> list[list[int]]:
-    """The likeliest token after each prompt, `tokens` times over, as token ids.
+    """The likeliest token after each prompt that doesn't end the text, `tokens` times over, as token ids.
 
     Raises
     ------

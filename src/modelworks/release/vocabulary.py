@@ -165,9 +165,11 @@ def vocabulary_of(metadata: dict[str, Any], where: str) -> Vocabulary:
     """
     kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre", "gpt-2")
     if kind != "gpt2":
-        raise InputError(f"{where}: its tokenizer is {kind!r}; 'gpt2' (byte-level BPE) is accepted")
-    if pre not in PRE_TOKENIZERS:
-        raise InputError(f"{where}: its pre-tokenizer is {pre!r}; one of {', '.join(PRE_TOKENIZERS)} is accepted")
+        raise InputError(f"{where}: its tokenizer is {str(kind)[:40]!r}; 'gpt2' (byte-level BPE) is accepted")
+    if not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
+        raise InputError(
+            f"{where}: its pre-tokenizer is {str(pre)[:40]!r}; one of {', '.join(PRE_TOKENIZERS)} is accepted"
+        )
     tokens, merges = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.merges")
     if not tokens or not isinstance(merges, list) or not _strings(tokens) or not _strings(merges):
         raise InputError(f"{where}: tokenizer.ggml.tokens or tokenizer.ggml.merges is missing or damaged")
