@@ -17,6 +17,7 @@ from modelworks.spec.files import device_spec
 from modelworks.spec.hardware import DeviceSpec
 from modelworks.spec.home import hardware_file, write_atomically
 from modelworks.spec.run import RunSpec
+from modelworks.train.interrupt import Interrupted
 from modelworks.train.record import RunRecord
 from modelworks.train.session import open_run
 
@@ -58,7 +59,7 @@ def train_and_release(spec: RunSpec, resume: bool, view: View, say: Say) -> tupl
             session.report(message="releasing")
             try:
                 released = release(session.folder, spec, say)
-            except (InputError, OperationError) as error:
+            except (InputError, OperationError, Interrupted) as error:
                 session.report(message=f"trained, but not released: {error}")
                 raise
             session.report(message=None, released=True, served_as=released["served_as"])
@@ -67,15 +68,15 @@ def train_and_release(spec: RunSpec, resume: bool, view: View, say: Say) -> tupl
 
 def release(folder: Path, spec: RunSpec, say: Say) -> dict[str, Any]:
     """Turn a run's newest checkpoint into packages, and offer its GGUF to the chat under the run's name."""
-    from modelworks.release import release_run
+    from modelworks.release.package import release_run
 
     say("releasing")
     packages = release_run(folder, to=list(spec.release.to), quantize=list(spec.release.quantize))
     served_as = None
     if packages.gguf is not None:
-        from modelworks.serve import store
+        from modelworks.serve.store import Store
 
-        store.add(
+        Store().add(
             spec.name,
             packages.gguf,
             source=f"run {spec.name}",
