@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 from modelworks.assistant.store import ConversationStore, Message, State
-from modelworks.serve.engine import Delta, Engine
+from modelworks.serve.engine import Engine
 from modelworks.serve.errors import RequestError
 from modelworks.spec.errors import InputError, OperationError
 
 SAVE_EVERY_S = 0.5
 TEMPLATE_TOKENS = 16
 """What a chat template adds to one message, at most."""
+BYTES_PER_TOKEN = 3
+"""Of prose in UTF-8: English has four to five, code and other languages fewer."""
 SYSTEM_TOKENS = 64
 """What a chat template adds to the whole, such as a default system message."""
 
@@ -147,8 +149,7 @@ class Assistant:
 
     async def _listen(self, answer: Answer, model: str, turns: Sequence[dict[str, str]]) -> None:
         began = saved = time.monotonic()
-        stream = cast("AsyncGenerator[Delta]", self.engine.chat(model, list(turns), **self._sampling))
-        async with aclosing(stream) as deltas:
+        async with aclosing(self.engine.chat(model, [*turns], **self._sampling)) as deltas:
             async for delta in deltas:
                 answer.text += delta.text
                 now = time.monotonic()
@@ -164,31 +165,24 @@ class Assistant:
 
 
 async def fit(engine: Engine, model: str, history: Sequence[Message]) -> tuple[list[dict[str, str]], int]:
-    """As many of the latest turns as a model's context holds, with a quarter of it left for the answer.
+    """As many of the latest turns as fill three quarters of a model's context, so that the answer has room.
 
-    The last message is always kept. Messages without text (an answer that failed at once) are not sent.
+    Tokens are estimated from bytes; where that is too hopeful the engine refuses, and `Assistant` leaves out more. The
+    last message is always kept. Messages without text (an answer that failed at once) are not sent.
 
     Returns
     -------
     tuple
         The messages to send, and how many of the oldest were left out.
-
-    Raises
-    ------
-    RequestError
-        If the engine doesn't serve the model.
     """
     turns = [{"role": message.role, "content": message.content} for message in history if message.content.strip()]
     cards = {card.name: card for card in await engine.models()}
     if model not in cards:
         return turns, 0  # the engine itself says best what is wrong
     budget = cards[model].context * 3 // 4 - SYSTEM_TOKENS
-    # A token stands for at least one byte in every byte-level and SentencePiece vocabulary: short talks need no count.
-    if sum(len(turn["content"].encode()) + TEMPLATE_TOKENS for turn in turns) <= budget:
-        return turns, 0
     kept = len(turns)
     for turn in reversed(turns):
-        budget -= await engine.count(model, turn["content"]) + TEMPLATE_TOKENS
+        budget -= len(turn["content"].encode()) // BYTES_PER_TOKEN + TEMPLATE_TOKENS
         if budget < 0 and kept < len(turns):
             break
         kept -= 1
