@@ -198,3 +198,27 @@ def test_a_port_in_use_is_named_in_one_sentence(tmp_path):
     assert ended.returncode == 2
     assert f"port {port} on 127.0.0.1 is in use" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def test_the_runs_page_shows_what_a_training_run_logs(page, home, server):
+    from modelworks.spec.files import dumps
+    from modelworks.web.check import SMALLER
+    from modelworks.web.up import first_run_spec
+
+    spec_file = home / "seen.toml"
+    spec_file.write_text(dumps(first_run_spec()))
+    overrides = [f"--set={field}" for field in [*SMALLER, "name=seen", "release.to=[]"]]
+    command = [sys.executable, "-m", "modelworks", "train", str(spec_file), *overrides, "--json"]
+    with subprocess.Popen(command, env=server.environment, stdout=subprocess.PIPE, text=True) as training:
+        while not (home / "runs" / "seen" / "run.toml").exists():
+            assert training.poll() is None
+            time.sleep(0.1)
+        page.goto("/runs/seen")
+        page.locator(".state.running").wait_for(timeout=60_000)
+        assert training.wait(90) == 0
+    rows = [json.loads(line) for line in (home / "runs" / "seen" / "metrics.jsonl").read_text().splitlines()]
+    page.locator(".state.finished").wait_for(timeout=10_000)
+    assert f"{rows[-1]['loss']:,.3f}" in page.locator(".figures").inner_text()
+    assert page.locator(".chart canvas").count() >= 5
+    page.goto("/runs")
+    assert "finished" in page.locator(".run-card", has_text="seen").inner_text()
