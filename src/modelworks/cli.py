@@ -413,7 +413,9 @@ def _models_list(as_json: JsonFlag = False) -> None:
 
 
 @models_app.command("pull")
-def _models_pull(name: Annotated[str, typer.Argument(metavar="NAME")] = DEFAULT_MODEL, as_json: JsonFlag = False) -> None:
+def _models_pull(
+    name: Annotated[str, typer.Argument(metavar="NAME")] = DEFAULT_MODEL, as_json: JsonFlag = False
+) -> None:
     """Fetch a model, check it against its known checksum, and store it to be served.
 
     Example: [bold]modelworks models pull smollm2-135m[/bold]

@@ -11,6 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from modelworks.serve.requests import ChatRequest, CompletionRequest
+
 MODEL = "smollm2-135m"
 HELLO = [{"role": "user", "content": "Hello"}]
 
@@ -172,13 +174,10 @@ values = st.one_of(
     st.lists(st.one_of(st.integers(), st.text(max_size=5), st.none()), max_size=3),
     st.dictionaries(st.text(max_size=5), st.integers(), max_size=2),
 )
-fields = st.sampled_from(
-    "messages prompt max_tokens temperature top_p top_k min_p stop seed n logit_bias logprobs top_logprobs tools "
-    "tool_choice response_format stream stream_options presence_penalty frequency_penalty repeat_penalty".split()
-)
+fields = st.sampled_from(sorted({*ChatRequest.model_fields, *CompletionRequest.model_fields} - {"model"}))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(wrong=st.dictionaries(fields, values, min_size=1, max_size=3), chat=st.booleans())
 def test_no_mixture_of_values_makes_the_server_fail(address: str, wrong: dict[str, Any], chat: bool) -> None:
     path = "/v1/chat/completions" if chat else "/v1/completions"

@@ -254,7 +254,7 @@ class CompletionRequest(Generation):
         if kinds == {list} and all(part and all(type(token) is int for token in part) for part in prompt):
             return prompt
         raise _refuse(
-            "a text that is not empty, a list of such texts, a list of token numbers or a list of such lists is accepted"
+            "a text that is not empty, a list of texts, of token numbers or of lists of such numbers is accepted"
         )
 
     @model_validator(mode="after")

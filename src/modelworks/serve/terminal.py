@@ -1,0 +1,169 @@
+"""A chat in the terminal: the answer streams, Ctrl-C stops it (not the program), the conversation goes on.
+
+What was typed is remembered across sessions by the line editor; what was said is kept in the conversation until
+`/reset` or the end, and `/save` writes it down.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import signal
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing
+from pathlib import Path
+
+from rich.console import Console
+
+from modelworks.serve.engine import Engine, Message
+from modelworks.spec.errors import InputError
+from modelworks.spec.home import home, write_atomically
+
+_HELP = """/help          this list
+/reset         forget the conversation
+/model [NAME]  go on with another model, or list them
+/save FILE     write the conversation as JSON
+/exit          leave (so does Ctrl-D); Ctrl-C stops an answer"""
+_LONGEST_HISTORY = 1000
+
+
+class Conversation:
+    """One conversation with one engine."""
+
+    def __init__(self, engine: Engine, model: str, system: str | None, console: Console) -> None:
+        self._engine = engine
+        self._console = console
+        self.model = model
+        self._system: list[Message] = [{"role": "system", "content": system}] if system else []
+        self._said: list[Message] = []
+
+    async def answer(self, text: str) -> None:
+        """Print the answer to a message as it comes. A stopped answer stays in the conversation as far as it came."""
+        self._said.append({"role": "user", "content": text})
+        parts: list[str] = []
+        try:
+            async for part in self._parts():
+                parts.append(part)
+                self._console.print(part, end="", markup=False, highlight=False, soft_wrap=True)
+        except InputError:
+            self._said.pop()
+            raise
+        self._console.print()
+        self._said.append({"role": "assistant", "content": "".join(parts)})
+
+    async def _parts(self) -> AsyncIterator[str]:
+        loop, stopped = asyncio.get_running_loop(), asyncio.Event()
+        loop.add_signal_handler(signal.SIGINT, stopped.set)
+        waiting = asyncio.ensure_future(stopped.wait())
+        try:
+            async with aclosing(self._engine.chat(self.model, [*self._system, *self._said])) as answer:
+                while not stopped.is_set():
+                    coming = asyncio.ensure_future(anext(answer, None))
+                    await asyncio.wait({coming, waiting}, return_when=asyncio.FIRST_COMPLETED)
+                    if not coming.done():
+                        coming.cancel()
+                        await asyncio.wait({coming})
+                        return
+                    delta = coming.result()
+                    if delta is None:
+                        return
+                    yield delta.text
+        finally:
+            waiting.cancel()
+            loop.remove_signal_handler(signal.SIGINT)
+
+    async def command(self, line: str) -> bool:
+        """Obey a line that begins with a slash; false ends the conversation."""
+        word, _, rest = line.partition(" ")
+        rest = rest.strip()
+        match word:
+            case "/exit" | "/quit":
+                return False
+            case "/reset":
+                self._said.clear()
+                self._console.print("The conversation is forgotten.")
+            case "/model":
+                await self._change_model(rest)
+            case "/save":
+                self._save(rest)
+            case "/help":
+                self._console.print(_HELP, markup=False, highlight=False)
+            case _:
+                self._console.print(f"There is no {word}; /help lists what there is.", markup=False, highlight=False)
+        return True
+
+    async def _change_model(self, name: str) -> None:
+        names = [card.name for card in await self._engine.models()]
+        if name in names:
+            self.model = name
+        elif name:
+            self._console.print(f"There is no model {name}.", markup=False, highlight=False)
+        listed = ", ".join(f"{one} (now)" if one == self.model else one for one in names)
+        self._console.print(listed, markup=False, highlight=False)
+
+    def _save(self, name: str) -> None:
+        if not name:
+            self._console.print("/save needs a file's name.", markup=False)
+            return
+        content = {"model": self.model, "messages": [*self._system, *self._said]}
+        try:
+            write_atomically(
+                Path(name).expanduser().absolute(), json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+            )
+        except OSError as error:
+            self._console.print(f"{name} can't be written: {error.strerror}", markup=False, highlight=False)
+        else:
+            self._console.print(f"Saved to {name}.", markup=False, highlight=False)
+
+
+async def converse(engine: Engine, model: str, system: str | None, messages: list[str], console: Console) -> None:
+    """Answer the given messages one after the other, or, if there are none, whatever is typed until the end."""
+    conversation = Conversation(engine, model, system, console)
+    try:
+        await engine.load(model)
+        for message in messages:
+            await conversation.answer(message)
+        if not messages:
+            console.print(f"Chat with {model}. /help lists commands, Ctrl-D leaves.", markup=False, highlight=False)
+            await _typed(conversation, console)
+    finally:
+        await engine.close()
+
+
+async def _typed(conversation: Conversation, console: Console) -> None:
+    with _line_history():
+        while True:
+            try:
+                line = input("> ").strip()
+            except EOFError:
+                console.print()
+                return
+            except KeyboardInterrupt:
+                console.print()
+                continue
+            if line.startswith("/"):
+                if not await conversation.command(line):
+                    return
+            elif line:
+                try:
+                    await conversation.answer(line)
+                except InputError as error:
+                    console.print(str(error), style="red", markup=False, highlight=False)
+
+
+@contextlib.contextmanager
+def _line_history() -> Iterator[None]:
+    """Lines typed in earlier sessions, to be called up with the arrow keys."""
+    import readline
+
+    file = home() / "chat_history"
+    with contextlib.suppress(OSError):
+        readline.read_history_file(file)
+    try:
+        yield
+    finally:
+        readline.set_history_length(_LONGEST_HISTORY)
+        with contextlib.suppress(OSError):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            readline.write_history_file(file)
