@@ -201,14 +201,14 @@ def _resume(url: str, partial: Path, total: int, progress: Progress) -> None:
         done = 0
     if done == total:
         return
-    headers = {"Range": f"bytes={done}-"} if done else {}
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={done}-"} if done else {})
     timeout = httpx.Timeout(30, connect=10)
     with httpx.stream("GET", url, headers=headers, follow_redirects=True, timeout=timeout) as answer:
         answer.raise_for_status()
         resumed = answer.status_code == 206
         done = done if resumed else 0
         with partial.open("ab" if resumed else "wb") as file:
-            for block in answer.iter_bytes(_BLOCK):
+            for block in answer.iter_raw():  # as it comes: nothing is lost in a buffer when it breaks off
                 file.write(block)
                 done += len(block)
                 progress(min(done, total), total)
