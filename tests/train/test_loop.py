@@ -16,7 +16,6 @@ from modelworks.model.decoder import Decoder
 from modelworks.spec.errors import InputError, OperationError
 from modelworks.spec.home import data_folder, runs_folder
 from modelworks.spec.run import RunSpec
-from modelworks.train.interrupt import Interrupt
 from modelworks.train.loop import Trainer, TrainResult, train
 from modelworks.train.record import RunRecord
 from modelworks.train.session import open_run
@@ -44,8 +43,8 @@ def _rows(name: str) -> list[dict[str, Any]]:
 
 def _one_gradient(spec: RunSpec) -> dict[str, Any]:
     """The row of a new run's first step."""
-    with open_run(spec) as session, Interrupt() as interrupt:
-        trainer = Trainer(session, NoView(), interrupt)
+    with open_run(spec) as session:
+        trainer = Trainer(session, NoView())
         try:
             return trainer.one_step()
         finally:
@@ -153,8 +152,8 @@ def test_validation_is_the_bits_that_the_logits_give_each_byte(make_spec: MakeSp
 
 
 def test_the_gradient_is_clipped_before_it_reaches_the_optimizer(make_spec: MakeSpec) -> None:
-    with open_run(make_spec(clip=0.01)) as session, Interrupt() as interrupt:
-        trainer = Trainer(session, NoView(), interrupt)
+    with open_run(make_spec(clip=0.01)) as session:
+        trainer = Trainer(session, NoView())
         seen: list[float] = []
         step = trainer.optimizers.step
 

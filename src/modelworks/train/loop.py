@@ -31,7 +31,6 @@ from modelworks.train.batching import micro_batch
 from modelworks.train.compiling import try_compile, wanted
 from modelworks.train.evaluate import Validation
 from modelworks.train.flops import flop_per_token
-from modelworks.train.interrupt import Interrupt
 from modelworks.train.machine import peak_flops
 from modelworks.train.metrics import MetricsLog
 from modelworks.train.optimizers import Optimizers
@@ -72,7 +71,7 @@ def train(session: RunSession, view: View | None = None) -> TrainResult:
     """
     refuse_unsupported(session.spec)
     view = view or NoView()
-    with Interrupt() as interrupt, view, contextlib.closing(Trainer(session, view, interrupt)) as trainer:
+    with view, contextlib.closing(Trainer(session, view)) as trainer:
         return trainer.run()
 
 
@@ -88,8 +87,8 @@ def refuse_unsupported(spec: RunSpec) -> None:
 class Trainer:
     """One run in progress: network, optimizers, data, and how far it has come."""
 
-    def __init__(self, session: RunSession, view: View, interrupt: Interrupt) -> None:
-        self.session, self.view, self.interrupt = session, view, interrupt
+    def __init__(self, session: RunSession, view: View) -> None:
+        self.session, self.view, self.interrupt = session, view, session.interrupt
         self.spec, self.folder = session.spec, session.folder
         self.train_spec = session.spec.train
         self.step, self.elapsed_s, self._metrics_bytes = 0, 0.0, 0
@@ -132,6 +131,7 @@ class Trainer:
                 self._save()
         if self.last_checkpoint is None or self.last_checkpoint.name != f"step-{self.step:08d}":
             self._save()
+        self.interrupt.graceful = False
         return self._end()
 
     def one_step(self) -> dict[str, Any]:

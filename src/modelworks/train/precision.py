@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from modelworks.model.precision import fastest_precision
 from modelworks.spec.errors import InputError
 
 
@@ -35,9 +36,5 @@ def resolve(stated: Literal["auto", "fp32", "bf16", "fp8"]) -> Precision:
     """
     if stated == "fp8":
         raise InputError("train.precision = 'fp8' is not accepted on this machine: auto, fp32 or bf16 is")
-    name = stated
-    if stated == "auto":
-        from modelworks.model.precision import fastest_precision
-
-        name = fastest_precision()
-    return Precision("bf16", torch.bfloat16) if name == "bf16" else Precision("fp32", torch.float32)
+    dtype = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}[stated] or fastest_precision()
+    return Precision("bf16" if dtype == torch.bfloat16 else "fp32", dtype)

@@ -20,7 +20,7 @@ from modelworks.spec.errors import InputError, OperationError
 from modelworks.spec.files import dumps
 from modelworks.spec.home import runs_folder, write_atomically
 from modelworks.spec.run import RunSpec
-from modelworks.train.interrupt import Interrupted
+from modelworks.train.interrupt import Interrupt, Interrupted
 from modelworks.train.record import LOCK, RunRecord, Status, own_process, read_status, write_status
 
 logger = logging.getLogger(__name__)
@@ -43,12 +43,14 @@ class RunSession:
         The run's folder and its spec.
     resume
         Whether there is an earlier part to go on from.
+    interrupt
+        The signals that ask this process to stop.
     status
         What was last reported.
     """
 
-    def __init__(self, folder: Path, spec: RunSpec, resume: bool) -> None:
-        self.folder, self.spec, self.resume = folder, spec, resume
+    def __init__(self, folder: Path, spec: RunSpec, resume: bool, interrupt: Interrupt) -> None:
+        self.folder, self.spec, self.resume, self.interrupt = folder, spec, resume, interrupt
         earlier = read_status(folder) if resume else None
         self.status = replace(
             earlier or Status("preparing"),
@@ -111,14 +113,16 @@ def open_run(spec: RunSpec, resume: bool = False, folder: Path | None = None) ->
     folder = folder or runs_folder() / spec.name
     if resume and not (folder / "run.toml").is_file():
         raise InputError(f"--resume: there is no run {folder.name!r} to go on with in {folder.parent}")
-    with _locked(folder):
+    # Signals are ours before the first status is written: who reads it may ask the run to stop at once.
+    with _locked(folder), Interrupt() as interrupt:
         _check(folder, spec, resume)
         write_atomically(folder / "run.toml", dumps(spec))
-        session = RunSession(folder, spec, resume)
+        session = RunSession(folder, spec, resume, interrupt)
         try:
             yield session
-        except (Interrupted, KeyboardInterrupt) as stop:
-            session.report_end("stopped", str(stop) or "stopped by Ctrl-C")
+        except Interrupted as stop:
+            if session.status.active:
+                session.report_end("stopped", str(stop))
             raise
         except BaseException as error:
             if session.status.active:
