@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ Pack = Callable[..., PackedDataset]
 def _texts_in(data: PackedDataset, split: str) -> list[str]:
     tokenizer = Tokenizer.from_file(str(data.tokenizer_file))
     bounds = data.documents(split).astype(int).tolist()
-    spans = [data.span(split, start, end - start).tolist() for start, end in zip(bounds, bounds[1:], strict=False)]
+    spans = [data.span(split, start, end - start).tolist() for start, end in pairwise(bounds)]
     assert all(span[-1] == 0 and 0 not in span[:-1] for span in spans)
     return [tokenizer.decode(span[:-1], skip_special_tokens=False) for span in spans]
 
@@ -90,6 +91,6 @@ def test_a_shard_that_was_cut_short_is_refused_and_prepared_again(packed: Pack, 
     expected = data.sequences("train", 0, 4, 16, 0)
     shard = data.folder / "train-00000.bin"
     shard.write_bytes(shard.read_bytes()[:-2])
-    with pytest.raises(OperationError, match="train-00000.bin has"):
+    with pytest.raises(OperationError, match=r"train-00000\.bin has"):
         PackedDataset(data.folder)
     assert np.array_equal(packed(jsonl).sequences("train", 0, 4, 16, 0), expected)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,8 +23,13 @@ def _contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def _prepare_in_process(file: str, folder: str, queue: multiprocessing.Queue[str]) -> None:
-    queue.put(str(prepare(DataSpec(source="files", files=[file]), 300, Path(folder)).folder))
+_PREPARE = """
+import sys
+from pathlib import Path
+from modelworks.data import prepare
+from modelworks.spec import DataSpec
+print(prepare(DataSpec(source="files", files=[sys.argv[1]]), 300, Path(sys.argv[2])).folder)
+"""
 
 
 def test_the_same_input_gives_the_same_bytes(jsonl: Path, tmp_path: Path) -> None:
@@ -43,15 +49,10 @@ def test_prepared_data_is_found_again_until_its_input_changes(packed: Pack, json
 
 
 def test_processes_that_prepare_the_same_data_share_it(jsonl: Path, tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    queue: multiprocessing.Queue[str] = context.Queue()
     folder = tmp_path / "prepared"
-    processes = [context.Process(target=_prepare_in_process, args=(str(jsonl), str(folder), queue)) for _ in range(2)]
-    for process in processes:
-        process.start()
-    found = {queue.get(timeout=120) for _ in processes}
-    for process in processes:
-        process.join()
+    command = [sys.executable, "-c", _PREPARE, str(jsonl), str(folder)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    found = {process.communicate(timeout=120)[0].strip() for process in processes}
     assert len(found) == 1
     assert [path for path in folder.iterdir() if path.is_dir()] == [Path(found.pop())]
 
@@ -147,9 +148,9 @@ def test_tokenizers_that_dont_fit_are_refused(packed: Pack, jsonl: Path, tmp_pat
     tokenizer = str(packed(jsonl).tokenizer_file)
     with pytest.raises(InputError, match=r"has 300 pieces, more than model\.vocab = 299"):
         prepare(spec.model_copy(update={"tokenizer": tokenizer}), 299, tmp_path / "prepared")
-    with pytest.raises(InputError, match="'nowhere.json' is not accepted"):
+    with pytest.raises(InputError, match=r"'nowhere\.json' is not accepted"):
         packed(jsonl, tokenizer="nowhere.json")
-    with pytest.raises(InputError, match="is no tokenizer.json"):
+    with pytest.raises(InputError, match=r"is no tokenizer\.json"):
         packed(jsonl, tokenizer=str(jsonl))
 
 
