@@ -6,7 +6,7 @@ at no more than it must. Rounds alternate between the servers, the order changin
 median of the rounds' figures. A prompt is never repeated within a server (its first words differ), so that neither
 has it in its cache, and both servers get the same prompts.
 
-    python benchmarks/serve_overhead.py [--rounds 5] [--tokens 48] [--threads 1] [--json]
+    python benchmarks/serve_overhead.py [--rounds 8] [--tokens 48] [--threads 1] [--json]
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ def measure(chats: int, slots: int, rounds: int, tokens: int, threads: int, file
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--slots", type=int, help="slots of both servers; default: one per chat")
