@@ -541,7 +541,9 @@ def _up(
 
         stages = walk(None if as_json else Console(stderr=True))
         if as_json:
-            print(json.dumps({"passed": all(stage.passed for stage in stages), "stages": [s.as_dict() for s in stages]}))
+            print(
+                json.dumps({"passed": all(stage.passed for stage in stages), "stages": [s.as_dict() for s in stages]})
+            )
         else:
             print_table(stages, console)
         failed = next((stage for stage in stages if not stage.passed), None)
