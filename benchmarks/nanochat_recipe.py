@@ -5,7 +5,8 @@ RMSNorm without parameters before each part, after the embedding and on queries 
 network four times as wide, no biases, an untied head, logits capped at 15; matrices that write to the residual stream
 and the head begin at zero. The optimizers (scripts/base_train.py): Muon at 0.02 for the blocks' matrices, with a
 momentum that goes from 0.85 to 0.95 over 300 steps; AdamW (0.8, 0.95) at 0.2 for the embedding and 0.004 for the head,
-both times (width / 768) ** -0.5; gradients clipped at 1; no warmup, constant, then linearly to zero over the last fifth.
+both times (width / 768) ** -0.5; gradients clipped at 1; no warmup, constant, then linearly to zero over the last
+fifth.
 """
 
 from __future__ import annotations
