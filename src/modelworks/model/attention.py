@@ -20,8 +20,9 @@ from modelworks.model.layers import Linear, RMSNorm
 from modelworks.model.support import rope_scaling_kind
 from modelworks.spec.model import ModelSpec
 
-QUERY_BLOCK = 128
-"""Queries per block of soft-capped attention: large enough for the matmuls, small enough to skip most masked keys."""
+QUERY_BLOCK = 64
+"""Queries per block of soft-capped attention: large enough for the matmuls, small enough to skip most masked keys and
+to keep a block's logits in the cache (at 512 positions a third faster than 128 or 256 on a CPU)."""
 
 
 class Rotary(NamedTuple):
