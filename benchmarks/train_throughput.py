@@ -205,7 +205,7 @@ def multiplies_bfloat16() -> bool:
 
 
 def work(candidate: Candidate | None, precision: str) -> None:
-    """The worker's side: get warm, then take one step per line read and answer with its seconds; at the end the peak."""
+    """The worker: get warm, take one step per line read and answer with its seconds, and at the end with the peak."""
     step = ceiling_step(precision) if candidate is None else step_of(candidate)
     for _ in range(WARMUP):
         step()
