@@ -148,6 +148,7 @@ def _train(
     try:
         result, released = train_and_release(spec, resume, view, say)
     except Interrupted as stop:
+        Console(stderr=True).print(f"{spec.name} {stop}; go on with the same command and --resume", soft_wrap=True)
         raise typer.Exit(exit_code(stop.received)) from None
     summary = {"name": spec.name, "folder": str(result.checkpoint.parents[1])} | result.as_dict()
     if as_json:
