@@ -64,7 +64,8 @@ def resume(name: str, threads: int | None = None, wait_s: float = _STARTUP_S) ->
 
 def _launch(folder: Path, options: list[str], threads: int | None, wait_s: float) -> int:
     command = [sys.executable, "-m", "modelworks", "train", str(folder / "run.toml"), *options]
-    environment = dict(os.environ)
+    # Unbuffered, so that the log can be followed and holds the last words of a run that is killed.
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     if threads is not None:
         environment["OMP_NUM_THREADS"] = str(threads)
     try:
