@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from modelworks.spec.errors import InputError
+from modelworks.spec.flops import attention_flop_per_token, forward_flop_per_token
 from modelworks.spec.hardware import DeviceSpec, Precision
 from modelworks.spec.model import ModelSpec
 from modelworks.spec.run import RunSpec
@@ -54,21 +55,6 @@ class StepPrediction:
         return asdict(self)
 
 
-def flop_per_token(model: ModelSpec, seq_len: int) -> float:
-    """FLOPs of one token's forward pass in a sequence of `seq_len` tokens, averaged over the sequence.
-
-    Narayanan et al. 2021 (arXiv:2104.04473), the forward part of eq. 3, with three changes: the widths of queries,
-    keys and values are the model's own (grouped queries, latent attention); only the experts that a token is sent to
-    count; and attention counts half of the score matrix, as a causal mask leaves it and as flash kernels compute it.
-    The backward pass takes twice as much.
-    """
-    return (
-        model.layers * (2.0 * _attention_weights(model) + _attention_over_context(model, seq_len))
-        + 2.0 * _feed_forward_weights(model)
-        + 2.0 * model.hidden * model.vocab
-    )
-
-
 def predict(run: RunSpec, device: DeviceSpec) -> StepPrediction:
     """Predict one optimizer step of `run` on one `device`.
 
@@ -86,7 +72,7 @@ def predict(run: RunSpec, device: DeviceSpec) -> StepPrediction:
     precision = step_precision(run, device)
     peak_flops = device.peak_flops[precision]
     tokens = train.tokens_per_step
-    forward = flop_per_token(run.model, train.seq_len)
+    forward = forward_flop_per_token(run.model, train.seq_len)
     flop_per_step = 3.0 * forward * tokens
     work = flop_per_step + _recomputed_flop_per_token(run) * tokens
     if train.optimizer == "muon":
@@ -162,46 +148,13 @@ def activation_bytes_per_token(run: RunSpec, precision: Precision) -> int:
     return bytes_each * kept
 
 
-def _attention_weights(model: ModelSpec) -> int:
-    """Weights of one layer's attention maps, biases left out."""
-    if model.latent_attention is None:
-        return model.hidden * model.head_dim * 2 * (model.heads + model.kv_heads)
-    mla = model.latent_attention
-    q_width = model.heads * (mla.nope_head_dim + mla.rope_head_dim)
-    queries = mla.q_rank * (model.hidden + q_width) if mla.q_rank else model.hidden * q_width
-    latent = model.hidden * (mla.kv_rank + mla.rope_head_dim)
-    keys_and_values = mla.kv_rank * model.heads * (mla.nope_head_dim + mla.value_head_dim)
-    return queries + latent + keys_and_values + model.heads * mla.value_head_dim * model.hidden
-
-
-def _attention_over_context(model: ModelSpec, seq_len: int) -> float:
-    """FLOPs of one layer's scores and weighted values for one token, over half of the sequence."""
-    if model.latent_attention is None:
-        widths = 2 * model.head_dim
-    else:
-        mla = model.latent_attention
-        widths = mla.nope_head_dim + mla.rope_head_dim + mla.value_head_dim
-    return 2.0 * model.heads * widths * seq_len / 2
-
-
-def _feed_forward_weights(model: ModelSpec) -> int:
-    """Weights of all feed-forward networks and routers that one token meets, biases left out."""
-    matrices = 3 if model.gated_mlp else 2
-    weights = model.dense_layers * matrices * model.hidden * model.ffn_hidden
-    if model.moe is not None:
-        moe = model.moe
-        visited = (moe.top_k + moe.shared_experts) * matrices * model.hidden * moe.expert_hidden
-        weights += model.moe_layers * (visited + model.hidden * moe.experts)
-    return weights
-
-
 def _recomputed_flop_per_token(run: RunSpec) -> float:
     """FLOPs of the second forward pass: the layers' with full recomputation, the attention's with selective."""
     model, seq_len = run.model, run.train.seq_len
     if run.parallel.recompute == "full":
-        return flop_per_token(model, seq_len) - 2.0 * model.hidden * model.vocab
+        return forward_flop_per_token(model, seq_len) - 2.0 * model.hidden * model.vocab
     if run.parallel.recompute == "selective":
-        return model.layers * _attention_over_context(model, seq_len)
+        return model.layers * attention_flop_per_token(model, seq_len)
     return 0.0
 
 

@@ -63,16 +63,13 @@ def _architecture(run: RunContent) -> list[tuple[str, str]]:
 
 def _data(run: RunContent) -> list[tuple[str, str]]:
     manifest = run.data_manifest
-    rows = [("source", str(manifest.get("source", run.spec.data.source)))]
-    for key, name in (
-        ("documents", "documents"),
-        ("bytes", "bytes of text"),
-        ("tokens", "tokens"),
-        ("bad_records", "records that couldn't be read"),
-    ):
-        value = manifest.get(key)
-        rows.append((name, _number(len(value) if isinstance(value, list) else value)))
-    return rows
+    return [
+        ("source", str(manifest.get("source", run.spec.data.source))),
+        ("documents", _number(manifest.get("documents"))),
+        ("bytes of text", _number(manifest.get("bytes"))),
+        ("tokens", _number(manifest.get("tokens"))),
+        ("records that couldn't be read", _number(manifest.get("bad_records", {}).get("count"))),
+    ]
 
 
 def _training(run: RunContent) -> list[tuple[str, str]]:

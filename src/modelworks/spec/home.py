@@ -4,7 +4,8 @@
 
     home()/
       models/NAME/          models that can be served: NAME.gguf and model.json
-      runs/NAME/            run.toml, plan.json, status.json, metrics.jsonl, tokenizer.json, checkpoints/, release/
+      runs/NAME/            run.toml, plan.json, data.json, status.json, metrics.jsonl, tokenizer.json, checkpoints/,
+                            release/
       data/HASH/            packed tokens, shared by runs with the same data section
       hardware.toml         what `modelworks bench` measured
       modelworks.db         conversations

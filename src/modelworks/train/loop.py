@@ -9,6 +9,7 @@ weights. The loop knows one device and no parallelism; that is applied to the ne
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import shutil
 import time
@@ -24,13 +25,13 @@ from modelworks.data.preparation import prepare
 from modelworks.model import checkpoint
 from modelworks.model.decoder import Decoder, Losses
 from modelworks.spec.errors import InputError, OperationError
-from modelworks.spec.home import data_folder
+from modelworks.spec.flops import training_flop_per_token
+from modelworks.spec.home import data_folder, write_atomically
 from modelworks.spec.run import RunSpec
 from modelworks.train import schedule
 from modelworks.train.batching import micro_batch
 from modelworks.train.compiling import try_compile, wanted
 from modelworks.train.evaluate import Validation
-from modelworks.train.flops import flop_per_token
 from modelworks.train.machine import peak_flops
 from modelworks.train.metrics import MetricsLog
 from modelworks.train.optimizers import Optimizers
@@ -80,6 +81,10 @@ def refuse_unsupported(spec: RunSpec) -> None:
     for field in ("data", "tensor", "pipeline", "context", "expert", "expert_tensor"):
         if (degree := getattr(spec.parallel, field)) not in (1, "auto"):
             raise InputError(f"parallel.{field} = {degree} is not accepted: train runs on one process, which takes 1")
+    if spec.parallel.recompute != "none":
+        raise InputError(
+            f"parallel.recompute = {spec.parallel.recompute!r} is not accepted: train keeps activations: none"
+        )
     if spec.cluster.gpus != 1:
         raise InputError(f"cluster.gpus = {spec.cluster.gpus} is not accepted: train runs on this machine, which is 1")
 
@@ -108,7 +113,7 @@ class Trainer:
         self.last_checkpoint = self._resume() if session.resume else None
         self.log = self._open_log()
         self._peak_flops = peak_flops(self.precision.name)
-        self._flop_per_token = flop_per_token(self.spec.model, self.train_spec.seq_len)
+        self._flop_per_token = training_flop_per_token(self.spec.model, self.train_spec.seq_len)
         self._saved_at = time.monotonic()
         self._step_times: list[float] = []
 
@@ -299,6 +304,7 @@ class Trainer:
         self._say("preparing the data")
         data = prepare(self.spec.data, self.spec.model.vocab, data_folder(), self._show_preparation)
         shutil.copyfile(data.tokenizer_file, self.folder / "tokenizer.json")
+        write_atomically(self.folder / "data.json", json.dumps(data.manifest, indent=1) + "\n")
         return data
 
     def _show_preparation(self, documents: int, done: int, total: int | None) -> None:
