@@ -139,10 +139,10 @@ def _train(
     from modelworks.spec.files import load_run
     from modelworks.train.interrupt import Interrupted, exit_code
     from modelworks.train.view import NoView, view_for
-    from modelworks.train_command import refuse_engine, train_and_release, with_absolute_paths
+    from modelworks.train_command import refuse_engine, train_and_release
 
     refuse_engine(on, nproc)
-    spec = with_absolute_paths(load_run(file, overrides or []), file.parent)
+    spec = load_run(file, overrides or [])
     view = NoView() if as_json else view_for(spec.name, console)
     say = (lambda text: None) if as_json else console.print
     try:

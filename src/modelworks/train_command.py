@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from modelworks.spec.errors import InputError, OperationError
 from modelworks.spec.files import device_spec
-from modelworks.spec.hardware import DeviceSpec
-from modelworks.spec.home import hardware_file, write_atomically
+from modelworks.spec.home import write_atomically
 from modelworks.spec.run import RunSpec
 from modelworks.train.interrupt import Interrupted
 from modelworks.train.record import RunRecord
@@ -130,30 +129,12 @@ def refuse_engine(on: str, processes: int) -> None:
         raise InputError(f"--nproc {processes} is not accepted: 1 process is")
 
 
-def with_absolute_paths(spec: RunSpec, folder: Path) -> RunSpec:
-    """The spec with its data's relative paths taken from the folder of its file, so that it holds anywhere."""
-
-    def absolute(path: str) -> str:
-        expanded = Path(path).expanduser()
-        return str(expanded if expanded.is_absolute() else folder.absolute() / expanded)
-
-    data = spec.data
-    tokenizer = data.tokenizer if data.tokenizer == "bpe" else absolute(data.tokenizer)
-    data = data.model_copy(update={"files": [absolute(path) for path in data.files], "tokenizer": tokenizer})
-    return spec.model_copy(update={"data": data})
-
-
-def this_device() -> DeviceSpec:
-    """This machine as `modelworks bench` measured it, or the catalog's stand-in."""
-    return device_spec(str(hardware_file()) if hardware_file().is_file() else "local")
-
-
 def _write_plan(folder: Path, spec: RunSpec) -> None:
     """Predict the run before it begins, for `runs compare`; a run that can't be predicted is trained all the same."""
     from modelworks.plan.step import predict
 
     try:
-        prediction = predict(spec, this_device())
+        prediction = predict(spec, device_spec("local"))
     except InputError as error:
         logger.warning("this run cannot be planned: %s", error)
         return

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from modelworks.assistant.chat import Assistant, fit
+from modelworks.assistant.chat import PERSONA, Assistant, fit
 from modelworks.assistant.store import ConversationStore
 from modelworks.serve.errors import RequestError
 from modelworks.serve.llamacpp import EngineSettings, LlamaCppEngine
@@ -41,7 +41,7 @@ async def test_an_answer_is_what_the_engine_says_and_is_stored_with_its_question
     answer = await assistant.ask(conversation.id, "Say hello.", None, MODEL)
     await answer.finished.wait()
     said = ""
-    messages = [{"role": "user", "content": "Say hello."}]
+    messages = [PERSONA, {"role": "user", "content": "Say hello."}]
     async for delta in assistant.engine.chat(MODEL, messages, temperature=0, max_tokens=200):
         said += delta.text
     question, stored = assistant.store.thread(conversation.id)
