@@ -32,7 +32,7 @@ from modelworks.train.loop import train as train_ours
 from modelworks.train.session import open_run
 from nanochat_recipe import GPT, multiplied_in, train
 
-RECIPE = Path(__file__).parent.parent / "examples" / "first-run.toml"
+RECIPE = Path(__file__).parent.parent / "src" / "modelworks" / "web" / "first_run.toml"
 EVALUATION_BATCH = 8
 SHARES = (0.25, 0.5, 1.0)
 
