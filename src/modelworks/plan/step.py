@@ -1,184 +1,262 @@
-"""What one training step takes on one device: its arithmetic, its time and its memory.
+"""What one optimizer step takes under many layouts at once: time by reason, memory, model FLOPs utilisation.
 
-Two ideas. The model's FLOPs follow from its fields alone: two for each weight that a token meets in a matrix product,
-and those of the attention over the tokens before it. Time is a roofline of two terms: the matrix products at a share
-of the device's matrix rate, and the optimizer, which does little with every byte it moves, at its memory bandwidth.
-
-Recomputed activations count as work (they take time) and not as model FLOPs, so MFU stays comparable.
+`evaluate` puts the parts together: layers (`block`), the pipeline over them (`pipeline`), the reduction of gradients and
+the gathering of sharded weights over replicas, the optimizer, and what the slowest of many ranks costs. It is pure and
+vectorised: candidates are arrays, and layers are worked out once for each different shape among them.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
-from modelworks.spec.errors import InputError
-from modelworks.spec.flops import attention_flop_per_token, forward_flop_per_token
-from modelworks.spec.hardware import DeviceSpec, Precision
-from modelworks.spec.model import ModelSpec
-from modelworks.spec.run import RunSpec
+import numpy as np
 
-MATMUL_EFFICIENCY = 0.5
-"""Share of a device's dense peak that the matrix products of a training step reach, launches, normalisations and all
-that is not a matrix product included. Published dense runs on A100 and H100 reach 0.38 to 0.57 of the peak
-(Narayanan et al. 2021, table 1: 44 to 52 %; Korthikanti et al. 2022, table 5: 41.5 to 57 %; Llama 3, arXiv:2407.21783,
-table 4: 38 to 43 %); half is their middle."""
+from modelworks.plan.block import COMPONENTS, BlockTimes, LayerTimes, Setting, block_times, shape_keys
+from modelworks.plan.layout import PRECISIONS, BoolArray, FloatArray, IntArray, Layouts, fits_model
+from modelworks.plan.memory import (
+    MEMORY,
+    StageParameters,
+    dense_layers_of,
+    device_parameters,
+    memory_bytes,
+    stage_parameters,
+)
+from modelworks.plan.pipeline import Stages, bubble, deal_layers
+from modelworks.spec.flops import training_flop_per_token
 
-_WEIGHT_BYTES = 4
-"""Master weights, gradients and both moments of AdamW stand in fp32."""
-_NEWTON_SCHULZ_ITERATIONS = 5
-"""Muon's orthogonalisation (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/)."""
+REASONS = (*COMPONENTS, "recompute", "bubble", "pipeline", "data", "optimizer", "host", "jitter")
+"""What a step's time goes to: a layer's components, work done again, idle stages, activations between stages, exposed
+communication over replicas, the optimizer, the host once a step, waiting for the slowest rank."""
+_RECOMPUTE = len(COMPONENTS)
 
 
 @dataclass(frozen=True)
-class StepPrediction:
-    """What one optimizer step takes on one device."""
+class Evaluation:
+    """Steps under N layouts."""
 
-    step_time_s: float
-    tokens_per_s: float
-    mfu: float
-    """Model FLOPs over what the device's peak would do in the step's time, 0 to 1; recomputation isn't counted."""
-    flop_per_step: float
-    """Model FLOPs: forward and backward, recomputation not counted."""
-    memory_bytes: int
-    """Weights, gradients, optimizer state and the activations of one micro batch."""
-    precision: Precision
-    """What the matrix products run in; `auto` resolved."""
-    micro_batch: int
-    """Sequences per forward pass; `auto` resolved."""
-    steps: int
-    run_time_s: float
-    """All steps; validation and checkpoints are not counted."""
+    layouts: Layouts
+    step_time_s: FloatArray
+    reasons: FloatArray
+    """Seconds by `REASONS`, shape (K, N); they add up to the step."""
+    memory: FloatArray
+    """Bytes by `memory.MEMORY` on a device of the fullest stage, shape (K, N)."""
+    fits: BoolArray
+    """Whether a candidate divides model and batch, and its memory is there."""
+    mfu: FloatArray
+    """Model FLOPs over what the devices' peak would do in the step's time; recomputation isn't counted."""
+    tokens_per_s: FloatArray
 
-    def as_dict(self) -> dict[str, Any]:
-        """The same as plain values, for JSON."""
-        return asdict(self)
+    @property
+    def memory_bytes(self) -> FloatArray:
+        """All of a device's memory, shape (N,)."""
+        total: FloatArray = self.memory.sum(axis=0)
+        return total
 
 
-def predict(run: RunSpec, device: DeviceSpec) -> StepPrediction:
-    """Predict one optimizer step of `run` on one `device`.
+def evaluate(setting: Setting, global_batch: int, candidates: Layouts, memory_limit: float | None = None) -> Evaluation:
+    """Evaluate one optimizer step of `global_batch` sequences under each candidate.
 
-    Raises
-    ------
-    InputError
-        If the run is laid out over several devices, or the device has no rate for the run's precision.
+    Candidates that don't divide the model or the batch get a time as if they did, and `fits` is false.
     """
-    if run.cluster.gpus > 1:
-        raise InputError(
-            f"cluster.gpus = {run.cluster.gpus} is not accepted: layouts over several devices are not planned yet, "
-            "a run on one device is"
+    model, c = setting.model, candidates
+    shapes, which = shape_keys(c)
+    block = block_times(setting, shapes)
+    micro_batches = np.maximum(1, global_batch // np.maximum(1, c.data * c.micro_batch))
+    stages = deal_layers(model.layers, c)
+    times = _Stages(setting, c, block, which, stages)
+
+    slowest, per_batch = times.slowest()
+    m = micro_batches.astype(np.float64)
+    reasons = np.zeros((len(REASONS), len(c)))
+    reasons[: _RECOMPUTE + 1] = slowest * m
+    totals = [forward.sum(axis=0) + backward.sum(axis=0) for forward, backward in times.each]
+    idle = bubble(c, totals[0], totals[1], totals[2], times.weight_gradient)
+    reasons[REASONS.index("bubble")] = idle
+    reasons[REASONS.index("pipeline")] = _sends(setting, c, block.boundary_bytes[which], m)
+    parameters = stage_parameters(model, c, stages)
+    reasons[REASONS.index("data")] = _data_parallel(setting, c, parameters, times, m)
+    reasons[REASONS.index("optimizer")] = _optimizer(setting, c, parameters)
+    reasons[REASONS.index("host")] = setting.software.step_host_s
+    before = reasons.sum(axis=0)
+    jitter = setting.calibration.jitter_per_doubling if setting.device.kind == "gpu" else 0.0
+    reasons[REASONS.index("jitter")] = before * jitter * np.log2(np.maximum(c.devices, 1))
+    step = reasons.sum(axis=0)
+
+    memory = memory_bytes(setting, c, stages, micro_batches)
+    limit = setting.device.memory_bytes if memory_limit is None else memory_limit
+    fits = fits_model(model, setting.seq_len, global_batch, c) & (memory.sum(axis=0) <= limit)
+    tokens = float(global_batch * setting.seq_len)
+    flop = training_flop_per_token(model, setting.seq_len) * tokens
+    peaks = np.array([setting.device.peak_flops.get(name, np.nan) for name in PRECISIONS])
+    mfu = flop / step / (peaks[c.precision] * c.devices)
+    return Evaluation(c, step, reasons, memory, fits, mfu, tokens / step)
+
+
+class _Stages:
+    """Times of a micro batch in the first, a middle and the last stage, gathered from the shapes' layers."""
+
+    def __init__(self, setting: Setting, c: Layouts, block: BlockTimes, which: IntArray, stages: Stages) -> None:
+        self.setting, self.c, self.block, self.which = setting, c, block, which
+        model = setting.model
+        alone = c.pipeline == 1
+        self.parts: list[tuple[FloatArray, FloatArray]] = []
+        """Per stage: times by component with recomputation as a last row, and the forward part's sum."""
+        self.each: list[tuple[FloatArray, FloatArray]] = []
+        for kind, layers in (("first", stages.first), ("middle", stages.middle), ("last", stages.last)):
+            dense = dense_layers_of(model, c, kind, layers)
+            forward = self._layers("forward", dense, layers - dense)
+            backward = self._layers("backward", dense, layers - dense)
+            again = self._recomputed(dense, layers - dense)
+            if kind == "first":
+                forward = forward + block.embedding[:, which]
+            if kind == "last":
+                forward = forward + block.head_forward[:, which] + np.where(alone, block.embedding[:, which], 0.0)
+                backward = backward + block.head_backward[:, which]
+            elif kind == "first":
+                forward = forward + np.where(alone, block.head_forward[:, which], 0.0)
+                backward = backward + np.where(alone, block.head_backward[:, which], 0.0)
+            both = np.concatenate([forward + backward, again[None, :]])
+            self.parts.append((both, forward.sum(axis=0)))
+            self.each.append((forward, np.concatenate([backward, again[None, :]])))
+        middle = stages.middle.astype(np.float64)
+        layer = block.experts or block.dense
+        assert layer is not None
+        self.weight_gradient = middle * layer.weight_gradient[which]
+
+    def _layers(self, what: str, dense: IntArray, experts: IntArray) -> FloatArray:
+        out = np.zeros((len(COMPONENTS), len(self.c)))
+        if self.block.dense is not None:
+            out += getattr(self.block.dense, what)[:, self.which] * dense
+        if self.block.experts is not None:
+            out += getattr(self.block.experts, what)[:, self.which] * experts
+        return out
+
+    def _recomputed(self, dense: IntArray, experts: IntArray) -> FloatArray:
+        out = np.zeros(len(self.c))
+        for layer, count in ((self.block.dense, dense), (self.block.experts, experts)):
+            if layer is not None:
+                again = np.stack([kind.sum(axis=0) for kind in layer.recompute])
+                out += again[self.c.recompute, self.which] * count
+        return out * self.c.recompute_share
+
+    def slowest(self) -> tuple[FloatArray, FloatArray]:
+        """The slowest stage's time for one micro batch, by component with recomputation last, and in all."""
+        totals = np.stack([both.sum(axis=0) for both, _ in self.parts])
+        position = np.argmax(totals, axis=0)
+        parts = [both for both, _ in self.parts]
+        chosen = np.where(position == 0, parts[0], np.where(position == 1, parts[1], parts[2]))
+        return chosen, totals.max(axis=0)
+
+    def layer_times(self) -> tuple[FloatArray, FloatArray]:
+        """Forward and backward time of one layer (recomputation included), averaged over the network's layers."""
+        model = self.setting.model
+        forward, backward = np.zeros(len(self.c)), np.zeros(len(self.c))
+        for layer, share in (
+            (self.block.dense, model.dense_layers / model.layers),
+            (self.block.experts, model.moe_layers / model.layers),
+        ):
+            if layer is not None:
+                again = np.stack([kind.sum(axis=0) for kind in layer.recompute])[self.c.recompute, self.which]
+                forward += share * layer.forward.sum(axis=0)[self.which]
+                backward += share * (layer.backward.sum(axis=0)[self.which] + again * self.c.recompute_share)
+        return forward, backward
+
+
+def _sends(setting: Setting, c: Layouts, sent_bytes: FloatArray, m: FloatArray) -> FloatArray:
+    """Exposed time of activations and their gradients between stages.
+
+    Overlapped, only the hops of the first micro batch's way in and the last one's way out stand in the critical path.
+    """
+    stride = c.tensor * c.context * c.data
+    each = setting.fabric.send(sent_bytes, stride)
+    hops = 2.0 * (c.pipeline - 1)
+    steady = 0.0 if setting.software.pipeline_overlap else 2.0 * m * c.virtual_stages
+    return np.where(c.pipeline > 1, (hops + steady) * each, 0.0)
+
+
+def _data_parallel(
+    setting: Setting, c: Layouts, parameters: tuple[StageParameters, ...], times: _Stages, m: FloatArray
+) -> FloatArray:
+    """Exposed communication over replicas: gradients reduced, sharded weights gathered.
+
+    Replicated weights (DDP): one all-reduce of the gradients. Sharded optimizer state: a reduce-scatter of the
+    gradients and an all-gather of the weights (Rajbhandari et al. 2019). Overlapped, the reduction runs beside the
+    backward pass of the last micro batch and the gathering beside the forward pass of the first; what is longer
+    stays, and at least one layer's share of each does. Sharded weights (FSDP, Zhao et al. 2023): each layer gathers
+    its weights before its forward and its backward pass and reduces its gradients behind it, in every micro batch.
+    """
+    software, fabric, model = setting.software, setting.fabric, setting.model
+    replicas = c.data * c.context
+    first, middle, last = parameters
+    plain = np.maximum(np.maximum(first.plain, middle.plain), last.plain)
+    experts = np.maximum(np.maximum(first.experts, middle.experts), last.experts)
+    layers = np.maximum(middle.layers, 1.0)
+    expert_replicas = np.maximum(1, replicas * c.tensor // (c.expert * c.expert_tensor))
+    expert_stride = c.expert * c.expert_tensor
+    gradient = float(software.gradient_bytes)
+    fp32 = c.precision == PRECISIONS.index("fp32")
+    gradient_bytes = np.where(fp32, 4.0, gradient)
+    weight_bytes = np.where(fp32, 4.0, min(2.0, float(software.parameter_bytes)))
+    shards, groups = np.minimum(c.shards, replicas), np.maximum(1, replicas // np.maximum(1, c.shards))
+
+    def reduce(size: FloatArray, ranks: IntArray, stride: IntArray) -> FloatArray:
+        return np.where(
+            c.zero_stage == 0, fabric.all_reduce(size, ranks, stride), fabric.reduce_scatter(size, ranks, stride)
         )
-    train = run.train
-    precision = step_precision(run, device)
-    peak_flops = device.peak_flops[precision]
-    tokens = train.tokens_per_step
-    forward = forward_flop_per_token(run.model, train.seq_len)
-    flop_per_step = 3.0 * forward * tokens
-    work = flop_per_step + _recomputed_flop_per_token(run) * tokens
-    if train.optimizer == "muon":
-        work += _orthogonalisation_flop(run.model)
-    step_time_s = work / (peak_flops * MATMUL_EFFICIENCY) + optimizer_bytes(run.model) / device.memory_bandwidth_bytes
-    micro_batch = _micro_batch(run, device, precision)
-    return StepPrediction(
-        step_time_s=step_time_s,
-        tokens_per_s=tokens / step_time_s,
-        mfu=flop_per_step / step_time_s / peak_flops,
-        flop_per_step=flop_per_step,
-        memory_bytes=memory_bytes(run, micro_batch, precision),
-        precision=precision,
-        micro_batch=micro_batch,
-        steps=train.steps,
-        run_time_s=train.steps * step_time_s,
+
+    reduced = reduce(plain * gradient_bytes, shards, c.tensor)
+    reduced = reduced + fabric.all_reduce(plain * gradient_bytes / shards, groups, c.tensor * shards)
+    reduced = reduced + np.where(
+        experts > 0, reduce(experts * gradient_bytes, expert_replicas, expert_stride), 0.0
     )
-
-
-def step_precision(run: RunSpec, device: DeviceSpec) -> Precision:
-    """The precision of the run's matrix products on a device; `auto` is bf16 where that is faster than fp32."""
-    rates = device.peak_flops
-    chosen: Precision
-    if run.train.precision == "auto":
-        chosen = "bf16" if rates.get("bf16", 0.0) > rates.get("fp32", 0.0) else "fp32"
+    gathered = fabric.all_gather(plain * weight_bytes, shards, c.tensor)
+    gathered = gathered + np.where(
+        experts > 0, fabric.all_gather(experts * weight_bytes, expert_replicas, expert_stride), 0.0
+    )
+    gathered = np.where(c.zero_stage == 0, 0.0, gathered)
+    layer_forward, layer_backward = times.layer_times()
+    slow = 1.0 + setting.calibration.overlap_slowdown
+    if software.data_overlap:
+        hidden_reduced = np.minimum(reduced * (1.0 - 1.0 / layers), layer_backward * layers)
+        hidden_gathered = np.minimum(gathered * (1.0 - 1.0 / layers), layer_forward * layers)
+        hidden = hidden_reduced + hidden_gathered
+        once = reduced + gathered - hidden + (slow - 1.0) * hidden
     else:
-        chosen = run.train.precision
-    if chosen not in rates:
-        raise InputError(
-            f"train.precision = {run.train.precision!r} is not accepted on {device.name}: "
-            f"its rates are known for {', '.join(rates)}"
-        )
-    return chosen
+        once = reduced + gathered
+    # Sharded weights: layer by layer, in every micro batch.
+    forward_gap = gathered / layers - layer_forward
+    backward_gap = (gathered + reduced) / layers - layer_backward
+    moved = 2.0 * gathered + reduced
+    if software.data_overlap:
+        exposed = layers * (np.maximum(forward_gap, 0.0) + np.maximum(backward_gap, 0.0)) + moved / layers
+        always = m * (exposed + (slow - 1.0) * np.maximum(0.0, moved - exposed))
+    else:
+        always = m * moved
+    data = np.where(c.zero_stage == 3, always, once)
+    # Tied embeddings stand in the first and the last stage, and their gradients are summed over both.
+    if model.tied_embeddings:
+        table = device_parameters(model, c).embedding * gradient_bytes
+        stride = c.tensor * c.context * c.data
+        pair = np.full(len(c), 2, dtype=np.int64)
+        data = data + np.where(c.pipeline > 1, fabric.all_reduce(table, pair, stride * (c.pipeline - 1)), 0.0)
+    return data
 
 
-def optimizer_bytes(model: ModelSpec) -> int:
-    """Memory traffic of one AdamW update: weight, gradient and two moments read, all but the gradient written."""
-    return 7 * _WEIGHT_BYTES * model.parameters.total
+def _optimizer(setting: Setting, c: Layouts, parameters: tuple[StageParameters, ...]) -> FloatArray:
+    """AdamW's update on the fullest stage: what it reads and writes of each parameter, at memory bandwidth.
 
-
-def memory_bytes(run: RunSpec, micro_batch: int, precision: Precision) -> int:
-    """Memory of one process: four fp32 numbers per parameter, and the activations of one micro batch."""
-    state = 4 * _WEIGHT_BYTES * run.model.parameters.total
-    return state + micro_batch * run.train.seq_len * activation_bytes_per_token(run, precision)
-
-
-def activation_bytes_per_token(run: RunSpec, precision: Precision) -> int:
-    """Bytes that the forward pass keeps of one token for the backward pass.
-
-    The tensors that Korthikanti et al. 2022 (arXiv:2205.05198), section 4.1, list for a layer, without dropout and
-    with flash attention (no score matrix): the inputs of the normalisations and linear maps, queries, keys, values,
-    and the widths inside the feed-forward networks, once for each expert that the token visits. With full
-    recomputation only each layer's input is kept, and one layer's tensors at a time. Loss and logits, which are
-    computed in chunks, are not counted.
+    Norm of the gradients (read), scaling (read, write), update (gradient, two moments and master weight read, the
+    latter three written), weights written in the precision of the forward pass, gradients zeroed.
     """
-    model, moe = run.model, run.model.moe
-    bytes_each = 4 if precision in {"fp32", "tf32"} else 2
-    inner = 3 if model.gated_mlp else 2
-    norms = 4 if model.norm_placement == "sandwich" else 2
-    if model.latent_attention is None:
-        heads_width = 2 * (model.heads + model.kv_heads) * model.head_dim
-    else:
-        mla = model.latent_attention
-        heads_width = mla.q_rank + mla.kv_rank + mla.rope_head_dim
-        heads_width += 2 * model.heads * (mla.nope_head_dim + mla.rope_head_dim + mla.value_head_dim)
-    shared_by_layers = (2 + norms) * model.hidden + heads_width
-    dense = inner * model.ffn_hidden
-    experts = (moe.top_k + moe.shared_experts) * (inner * moe.expert_hidden + 2 * model.hidden) if moe else 0
-    if run.parallel.recompute == "full":
-        kept = model.layers * model.hidden + shared_by_layers + max(dense if model.dense_layers else 0, experts)
-    else:
-        kept = model.layers * shared_by_layers + model.dense_layers * dense + model.moe_layers * experts
-    return bytes_each * kept
-
-
-def _recomputed_flop_per_token(run: RunSpec) -> float:
-    """FLOPs of the second forward pass: the layers' with full recomputation, the attention's with selective."""
-    model, seq_len = run.model, run.train.seq_len
-    if run.parallel.recompute == "full":
-        return forward_flop_per_token(model, seq_len) - 2.0 * model.hidden * model.vocab
-    if run.parallel.recompute == "selective":
-        return model.layers * attention_flop_per_token(model, seq_len)
-    return 0.0
-
-
-def _orthogonalisation_flop(model: ModelSpec) -> float:
-    """FLOPs of Muon's Newton-Schulz iterations over all matrices of the blocks, once per step."""
-    matrices = [(1, model.hidden, model.heads * model.head_dim)] * 2
-    matrices += [(1, model.hidden, model.kv_heads * model.head_dim)] * 2
-    total = model.layers * sum(count * _newton_schulz_flop(rows, columns) for count, rows, columns in matrices)
-    inner = 3 if model.gated_mlp else 2
-    total += model.dense_layers * inner * _newton_schulz_flop(model.hidden, model.ffn_hidden)
-    if model.moe is not None:
-        each = inner * _newton_schulz_flop(model.hidden, model.moe.expert_hidden)
-        total += model.moe_layers * (model.moe.experts + model.moe.shared_experts) * each
-    return total
-
-
-def _newton_schulz_flop(rows: int, columns: int) -> float:
-    short, long = sorted((rows, columns))
-    return _NEWTON_SCHULZ_ITERATIONS * (4.0 * short**2 * long + 2.0 * short**3)
-
-
-def _micro_batch(run: RunSpec, device: DeviceSpec, precision: Precision) -> int:
-    """The run's micro batch; `auto` is the largest divisor of the global batch that the device's memory holds."""
-    if run.train.micro_batch != "auto":
-        return run.train.micro_batch
-    divisors = (size for size in range(run.train.global_batch, 0, -1) if run.train.global_batch % size == 0)
-    return next((size for size in divisors if memory_bytes(run, size, precision) <= device.memory_bytes), 1)
+    software = setting.software
+    shards = np.maximum(1, np.minimum(c.shards, c.data * c.context))
+    expert_shards = np.maximum(1, c.shards * c.tensor // (c.expert * c.expert_tensor))
+    largest = np.zeros(len(c))
+    for stage in parameters:
+        local = np.where(
+            c.zero_stage >= 1, stage.plain / shards + stage.experts / expert_shards, stage.plain + stage.experts
+        )
+        everywhere = stage.plain + stage.experts
+        update = local * (4 * software.gradient_bytes + 24.0 + software.parameter_bytes)
+        largest = np.maximum(largest, update + everywhere * software.gradient_bytes)
+    return setting.kernels.memory_bound(largest / setting.calibration.memory_efficiency)

@@ -1,0 +1,511 @@
+"""What one layer takes on one device: its matrix products, its attention, the bytes it streams, what it sends.
+
+Two ideas. Time is kept by what it goes to (`COMPONENTS`): an array of shape (K, U), U candidates, which adds up to the
+layer's time, so that a step can later be taken apart into reasons. And only what shapes a layer on a device counts
+here (`tensor`, `context`, `expert`, `micro_batch`, ...): a search evaluates each such shape once, however many
+pipelines, replicas and checkpoint rules it is combined with.
+
+A layer after Shoeybi et al. 2019 (arXiv:1909.08053): column-parallel then row-parallel products with one exchange
+behind each pair; with sequence parallelism (Korthikanti et al. 2022, arXiv:2205.05198) the exchange is split into an
+all-gather and a reduce-scatter of the same bytes. Experts after GShard (arXiv:2006.16668): dispatch, products, combine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from modelworks.plan.collectives import Fabric
+from modelworks.plan.kernels import Kernels
+from modelworks.plan.layout import PRECISIONS, FloatArray, IntArray, Layouts
+from modelworks.spec.hardware import DeviceSpec
+from modelworks.spec.model import ModelSpec
+from modelworks.spec.software import CalibrationSpec, SoftwareSpec
+
+COMPONENTS = ("matmul", "attention", "memory", "tensor", "context", "expert", "launch")
+"""What a layer's time goes to: matrix products; attention's core; streaming activations; the exposed exchanges of
+tensor, context and expert parallelism; the device waiting for the host."""
+_MATMUL, _ATTENTION, _MEMORY, _TENSOR, _CONTEXT, _EXPERT, _LAUNCH = range(len(COMPONENTS))
+_BYTES = 2
+"""Of an activation, outside fp32 runs."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a step is evaluated on, beside the layout."""
+
+    model: ModelSpec
+    seq_len: int
+    device: DeviceSpec
+    kernels: Kernels
+    fabric: Fabric
+    software: SoftwareSpec
+    calibration: CalibrationSpec
+
+    @property
+    def sustained(self) -> float:
+        """The share of a short measurement's rate that matrix products keep up."""
+        return self.calibration.sustained.get(self.device.name, self.calibration.sustained_default)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Times of one pass through something, shape (K, U), and the kernels that the host launches for it, (U,)."""
+
+    times: FloatArray
+    launches: FloatArray
+
+    def __add__(self, other: Pass) -> Pass:
+        return Pass(self.times + other.times, self.launches + other.launches)
+
+    def settled(self, launch_s: float) -> FloatArray:
+        """Times with the host's: where launching takes longer than the kernels, the device waits for the rest."""
+        waiting = np.maximum(0.0, self.launches * launch_s - self.times.sum(axis=0))
+        times = self.times.copy()
+        times[_LAUNCH] += waiting
+        return times
+
+
+@dataclass(frozen=True)
+class LayerTimes:
+    """One layer of one micro batch on one device, each of shape (K, U)."""
+
+    forward: FloatArray
+    backward: FloatArray
+    recompute: tuple[FloatArray, ...]
+    """What each kind of `layout.RECOMPUTE` adds to the backward pass."""
+    weight_gradient: FloatArray
+    """The part of `backward` that no other stage waits for (Qi et al. 2023, zero-bubble schedules), seconds, (U,)."""
+
+
+@dataclass(frozen=True)
+class BlockTimes:
+    """Layers, embedding and head of one micro batch on one device."""
+
+    dense: LayerTimes | None
+    experts: LayerTimes | None
+    embedding: FloatArray
+    """Forward and backward, (K, U)."""
+    head_forward: FloatArray
+    head_backward: FloatArray
+    boundary_bytes: FloatArray
+    """What one stage sends to the next, (U,)."""
+
+
+def block_times(setting: Setting, shapes: Layouts) -> BlockTimes:
+    """Times of the parts of a network for U different shapes."""
+    work = _Work(setting, shapes)
+    model = setting.model
+    attention = work.attention_block()
+    dense = work.layer(attention, work.dense_ffn()) if model.dense_layers else None
+    experts = work.layer(attention, work.expert_ffn()) if model.moe is not None else None
+    head_forward, head_backward = work.head()
+    sent = work.tokens * model.hidden * work.activation_bytes / work.sharded
+    return BlockTimes(dense, experts, work.embedding(), head_forward, head_backward, sent)
+
+
+@dataclass(frozen=True)
+class _Half:
+    """Half a layer (attention or feed-forward): its passes and what each kind of recomputation repeats."""
+
+    forward: Pass
+    backward: Pass
+    selective: Pass
+    projections: Pass
+    weight_gradient: FloatArray
+
+
+class _Work:
+    """The parts of a layer for U shapes; each method one of them."""
+
+    def __init__(self, setting: Setting, shapes: Layouts) -> None:
+        self.setting, self.shapes = setting, shapes
+        self.model, self.software, self.calibration = setting.model, setting.software, setting.calibration
+        self.kernels, self.fabric = setting.kernels, setting.fabric
+        self.size = len(shapes)
+        self.tokens = shapes.micro_batch * setting.seq_len / shapes.context
+        self.tensor = shapes.tensor
+        self.sharded = np.where(shapes.sequence_parallel, shapes.tensor, 1)
+        """Ranks that split what lies between the parallel regions."""
+        self.activation_bytes = np.where(shapes.precision == PRECISIONS.index("fp32"), 4.0, 2.0)
+        self.one = np.ones(self.size, dtype=np.int64)
+
+    # --- building bricks ----------------------------------------------------------------------------------------------
+
+    def empty(self) -> FloatArray:
+        return np.zeros((len(COMPONENTS), self.size))
+
+    def of(self, launches: float, **seconds: FloatArray | float) -> Pass:
+        times = self.empty()
+        for name, value in seconds.items():
+            times[COMPONENTS.index(name)] += value
+        return Pass(times, np.full(self.size, float(launches)))
+
+    def stream(self, moved_bytes: FloatArray, kernels: float = 1.0) -> FloatArray:
+        """Seconds of `kernels` kernels that move so many bytes together."""
+        each = self.kernels.memory_bound(moved_bytes / (kernels * self.calibration.memory_efficiency))
+        return kernels * each
+
+    def product(self, m: FloatArray, n: FloatArray, k: FloatArray, low: bool = True) -> FloatArray:
+        """Seconds of a matrix product (m, k) x (k, n); in fp8 only where `low` allows."""
+        return self._by_precision(lambda p: self.kernels.gemm(m, n, k, p), low) / self.setting.sustained
+
+    def grouped(self, groups: FloatArray, m: FloatArray, n: FloatArray, k: FloatArray) -> FloatArray:
+        if self.software.experts == "sequential":
+            return groups * self.product(m, n, k)
+        return self._by_precision(lambda p: self.kernels.grouped_gemm(groups, m, n, k, p), True) / self.setting.sustained
+
+    def _by_precision(self, timed, low: bool) -> FloatArray:  # type: ignore[no-untyped-def]
+        out = np.zeros(self.size)
+        for code in np.unique(self.shapes.precision):
+            name = PRECISIONS[code] if low or PRECISIONS[code] not in ("fp8", "fp4") else "bf16"
+            out = np.where(self.shapes.precision == code, timed(name), out)
+        return out
+
+    def exchange(self, passes: int = 1) -> FloatArray:
+        """An all-reduce of the tokens over the tensor-parallel ranks, or an all-gather and a reduce-scatter."""
+        size = self.tokens * self.model.hidden * self.activation_bytes
+        whole = self.fabric.all_reduce(size, self.tensor, self.one)
+        split = self.fabric.all_gather(size, self.tensor, self.one)
+        split = split + self.fabric.reduce_scatter(size, self.tensor, self.one)
+        return passes * np.where(self.shapes.sequence_parallel, split, whole)
+
+    def regather(self) -> FloatArray:
+        """The second all-gather of a layer half's input, which its weights' gradients need."""
+        size = self.tokens * self.model.hidden * self.activation_bytes
+        return np.where(
+            self.shapes.sequence_parallel & (self.tensor > 1), self.fabric.all_gather(size, self.tensor, self.one), 0.0
+        )
+
+    def tensor_times(self) -> tuple[FloatArray, FloatArray]:
+        """Exposed exchanges of half a layer, forward and backward."""
+        forward = self.exchange() * (1.0 - self.software.tensor_overlap_forward)
+        backward = (self.exchange() + self.regather()) * (1.0 - self.software.tensor_overlap_backward)
+        return forward, backward
+
+    def norms(self, count: float) -> tuple[FloatArray, FloatArray, float]:
+        """Seconds forward and backward of normalisations and residual sums, and their kernels.
+
+        A normalisation reads and writes the tokens; backward it reads its input and the gradient and writes one. A
+        residual sum reads two and writes one (with dropout also a mask), and its gradient is the same tensor again.
+        """
+        rows = self.tokens * self.model.hidden / self.sharded
+        e = self.activation_bytes
+        residual = 3 * e + (1 if self.software.dropout else 0)
+        forward = rows * (2 * e * count + residual)
+        backward = rows * (4 * e * count + residual + (3 if self.software.dropout else 0))
+        kernels = count + 1
+        if self.software.elementwise == "unfused":
+            backward = backward + rows * 2 * e
+        return self.stream(forward, kernels), self.stream(backward, kernels), kernels
+
+    def accumulation(self, weights: FloatArray) -> FloatArray:
+        """Adding a micro batch's weight gradients to their running sum, where the product doesn't do it."""
+        if self.software.gradient_accumulation == "fused":
+            return np.zeros(self.size)
+        return self.stream(weights * (2 + 2 * self.software.gradient_bytes), 2.0)
+
+    def precision_casts(self, elements: FloatArray) -> FloatArray:
+        """Casting and transposing what fp8 products read: two bytes in, one out, twice."""
+        eight = self.shapes.precision == PRECISIONS.index("fp8")
+        return np.where(eight, self.stream(elements * 4.0, 1.0), 0.0)
+
+    # --- attention ----------------------------------------------------------------------------------------------------
+
+    def attention_block(self) -> _Half:
+        model, tokens = self.model, self.tokens
+        heads = model.heads / self.tensor
+        kv_heads = np.maximum(1.0, model.kv_heads / self.tensor)
+        products, q_width, v_width = self._attention_products(heads, kv_heads)
+        forward_matmul = sum((self.product(tokens, n, k) for n, k in products), np.zeros(self.size))
+        data_gradient = sum((self.product(tokens, k, n) for n, k in products), np.zeros(self.size))
+        weight_gradient = sum((self.product(n, k, tokens) for n, k in products), np.zeros(self.size))
+        weights = sum((n * k for n, k in products), np.zeros(self.size))
+        core_forward, core_backward, scores_forward, scores_backward = self._core(heads, kv_heads)
+        context = self._context_exchange(kv_heads, core_forward)
+        norm_forward, norm_backward, norm_kernels = self.norms(
+            1 + (model.norm_placement == "sandwich") + (0.5 if model.qk_norm else 0.0)
+        )
+        e = self.activation_bytes
+        rotary = tokens * (q_width + kv_heads * model.head_dim) * 2 * e if model.position == "rope" else 0.0 * tokens
+        shuffled = rotary
+        if self.software.elementwise == "unfused":
+            # Queries, keys and values are split and laid out by head, the result is laid out by token again.
+            shuffled = rotary + tokens * 2 * e * (2 * q_width + 2 * kv_heads * model.head_dim)
+        layout = self.stream(shuffled + 1.0, 3.0)
+        tensor_forward, tensor_backward = self.tensor_times()
+        casts = self.precision_casts(tokens * (model.hidden + q_width))
+        count = self.software.kernels_per_layer
+        core = self.of(2, attention=core_forward, memory=scores_forward)
+        forward = core + self.of(
+            count / 2 - 2, matmul=forward_matmul, memory=norm_forward + layout + casts, tensor=tensor_forward,
+            context=context,
+        )  # fmt: skip
+        backward = self.of(
+            count,
+            matmul=data_gradient + weight_gradient,
+            attention=core_backward,
+            memory=norm_backward + layout + casts + scores_backward + self.accumulation(weights),
+            tensor=tensor_backward,
+            context=2.0 * context,
+        )
+        projections = core + self.of(norm_kernels, memory=norm_forward + layout)
+        return _Half(forward, backward, core, projections, weight_gradient)
+
+    def _attention_products(
+        self, heads: FloatArray, kv_heads: FloatArray
+    ) -> tuple[list[tuple[FloatArray, FloatArray]], FloatArray, FloatArray]:
+        """The (n, k) of the products of attention's linear maps on one device, and its widths of queries and values."""
+        model = self.model
+        hidden = np.full(self.size, float(model.hidden))
+        mla = model.latent_attention
+        if mla is None:
+            width = heads * model.head_dim
+            joined = width + 2 * kv_heads * model.head_dim
+            return [(joined, hidden), (hidden, width)], width, kv_heads * model.head_dim
+        q_width = heads * (mla.nope_head_dim + mla.rope_head_dim)
+        v_width = heads * mla.value_head_dim
+        latent = np.full(self.size, float(mla.kv_rank))
+        rank = np.full(self.size, float(mla.q_rank))
+        products = [(rank, hidden), (q_width, rank)] if mla.q_rank else [(q_width, hidden)]
+        products += [
+            (np.full(self.size, float(mla.kv_rank + mla.rope_head_dim)), hidden),
+            (heads * (mla.nope_head_dim + mla.value_head_dim), latent),
+            (hidden, v_width),
+        ]
+        return products, q_width, v_width
+
+    def _core(
+        self, heads: FloatArray, kv_heads: FloatArray
+    ) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
+        """Attention's core: products forward and backward, and the scores' traffic where they are written out."""
+        model, seq_len = self.model, self.setting.seq_len
+        batch, context = self.shapes.micro_batch, self.shapes.context
+        mla = model.latent_attention
+        key_dim = mla.nope_head_dim + mla.rope_head_dim if mla else model.head_dim
+        value_dim = mla.value_head_dim if mla else model.head_dim
+        zero = np.zeros(self.size)
+        if self.software.attention == "flash":
+            seq = np.full(self.size, float(seq_len))
+            dim = np.full(self.size, (key_dim + value_dim) / 2)
+            whole = self._by_precision(
+                lambda p: self.kernels.attention(batch, seq, seq, heads, kv_heads, dim, True, p), False
+            )
+            forward = whole / context / self.setting.sustained
+            return forward, forward * self.calibration.attention_backward, zero, zero
+        scores = batch * heads * seq_len * (seq_len / context)
+        rows = np.full(self.size, float(seq_len))
+        # A batched product, one for each head: a product of as many rows as all heads have, with a head's depth.
+        forward = self.product(batch * heads * rows / context, rows, np.full(self.size, float(key_dim)), False)
+        forward = forward + self.product(
+            batch * heads * rows / context, np.full(self.size, float(value_dim)), rows, False
+        )
+        dropout = 5 if self.software.dropout else 0
+        return (
+            forward,
+            2.0 * forward,
+            self.stream(scores * (4 + dropout), 2.0),
+            self.stream(scores * (6 + dropout), 2.0),
+        )
+
+    def _context_exchange(self, kv_heads: FloatArray, core_forward: FloatArray) -> FloatArray:
+        """Exposed part of a ring of keys and values (Liu et al. 2023, arXiv:2310.01889): each of its steps hides
+        behind the attention of a block, and what is longer than that stays."""
+        model, context = self.model, self.shapes.context
+        mla = model.latent_attention
+        width = (
+            kv_heads * 2 * model.head_dim
+            if mla is None
+            else np.full(self.size, 1.0) * model.heads / self.tensor * (2 * mla.nope_head_dim + mla.rope_head_dim)
+        )
+        block = self.tokens * width * self.activation_bytes
+        each = self.fabric.send(block, self.tensor)
+        hidden = core_forward / context
+        return np.where(context > 1, (context - 1) * np.maximum(each - hidden, 0.0), 0.0)
+
+    # --- feed-forward -------------------------------------------------------------------------------------------------
+
+    def dense_ffn(self) -> _Half:
+        model = self.model
+        return self._ffn(model.ffn_hidden / self.tensor, None)
+
+    def _ffn(self, width: FloatArray, rows: FloatArray | None) -> _Half:
+        """A dense feed-forward network of `width` on this device."""
+        model, tokens = self.model, self.tokens
+        hidden = np.full(self.size, float(model.hidden))
+        inner = width * (2 if model.gated_mlp else 1)
+        up, down = self.product(tokens, inner, hidden), self.product(tokens, hidden, width)
+        data_gradient = self.product(tokens, hidden, inner) + self.product(tokens, width, hidden)
+        weight_gradient = self.product(inner, hidden, tokens) + self.product(hidden, width, tokens)
+        e = self.activation_bytes
+        gate = self.stream(tokens * (inner + width) * e, 1.0)
+        gate_backward = self.stream(tokens * (2 * inner + width) * e, 1.0)
+        norm_forward, norm_backward, norm_kernels = self.norms(1 + (model.norm_placement == "sandwich"))
+        tensor_forward, tensor_backward = self.tensor_times()
+        casts = self.precision_casts(tokens * (hidden + width))
+        count = self.software.kernels_per_layer
+        forward = self.of(
+            count / 2, matmul=up + down, memory=norm_forward + gate + casts, tensor=tensor_forward
+        )
+        backward = self.of(
+            count,
+            matmul=data_gradient + weight_gradient,
+            memory=norm_backward + gate_backward + casts + self.accumulation(hidden * (inner + width)),
+            tensor=tensor_backward,
+        )
+        projections = self.of(norm_kernels + 2, matmul=up, memory=norm_forward + gate)
+        return _Half(forward, backward, self.of(0), projections, weight_gradient)
+
+    def expert_ffn(self) -> _Half:
+        """Router, dispatch, experts, combine; shared experts as a dense network beside them."""
+        model, shapes, moe = self.model, self.shapes, self.model.moe
+        assert moe is not None
+        hidden = np.full(self.size, float(model.hidden))
+        e = self.activation_bytes
+        # With fewer ranks inside an expert than in attention, each rank brings its own share of the tokens.
+        tokens = self.tokens * shapes.expert_tensor / self.tensor
+        factor = self.software.capacity_factor or 1.0
+        rows = tokens * moe.top_k * factor
+        local_experts = moe.experts / shapes.expert
+        per_expert = rows / local_experts
+        width = moe.expert_hidden / shapes.expert_tensor
+        inner = width * (2 if model.gated_mlp else 1)
+        up, down = self.grouped(local_experts, per_expert, inner, hidden), self.grouped(
+            local_experts, per_expert, hidden, width
+        )
+        data_gradient = self.grouped(local_experts, per_expert, hidden, inner) + self.grouped(
+            local_experts, per_expert, width, hidden
+        )
+        weight_gradient = self.grouped(local_experts, inner, hidden, per_expert) + self.grouped(
+            local_experts, hidden, width, per_expert
+        )
+        routed = self.tokens / self.sharded
+        router = self.product(routed, np.full(self.size, float(moe.experts)), hidden, False)
+        shuffled = self.stream(rows * model.hidden * 2 * e * 2, 2.0)
+        gate = self.stream(rows * (inner + width) * e, 1.0)
+        gate_backward = self.stream(rows * (2 * inner + width) * e, 1.0)
+        casts = self.precision_casts(rows * (hidden + width))
+        norm_forward, norm_backward, norm_kernels = self.norms(1 + (model.norm_placement == "sandwich"))
+        # Each way, each rank sends the rows of its own tokens; with tensor parallelism inside experts its group has
+        # gathered them first and reduces them afterwards.
+        sent = tokens / shapes.expert_tensor * moe.top_k * factor * model.hidden * e
+        sent = np.where(shapes.sequence_parallel | (shapes.expert_tensor > 1), sent, sent * 1.0)
+        dispatch = self.fabric.all_to_all(sent, shapes.expert, shapes.expert_tensor)
+        expert_exchange = 2.0 * dispatch * (1.0 - self.software.expert_overlap)
+        gathered = rows * model.hidden * e
+        inside = self.fabric.all_gather(gathered, shapes.expert_tensor, self.one)
+        inside = inside + self.fabric.reduce_scatter(gathered, shapes.expert_tensor, self.one)
+        launches = self.software.kernels_per_layer / 2 + 24
+        if self.software.experts == "sequential":
+            launches = launches + 4 * float(np.max(local_experts))
+        forward = self.of(
+            launches,
+            matmul=up + down + router,
+            memory=norm_forward + shuffled + gate + casts,
+            expert=expert_exchange,
+            tensor=inside,
+        )
+        backward = self.of(
+            2 * launches,
+            matmul=data_gradient + weight_gradient + 2 * router,
+            memory=norm_backward
+            + shuffled
+            + gate_backward
+            + casts
+            + self.accumulation(local_experts * hidden * (inner + width)),
+            expert=expert_exchange,
+            tensor=inside,
+        )
+        projections = self.of(
+            launches, matmul=up, memory=norm_forward + shuffled / 2 + gate, expert=expert_exchange / 2
+        )
+        half = _Half(forward, backward, self.of(0), projections, weight_gradient)
+        if not moe.shared_experts:
+            return half
+        shared = self._shared(moe.shared_experts * moe.expert_hidden / self.tensor)
+        return _Half(
+            half.forward + shared.forward,
+            half.backward + shared.backward,
+            half.selective,
+            half.projections + shared.projections,
+            half.weight_gradient + shared.weight_gradient,
+        )
+
+    def _shared(self, width: FloatArray) -> _Half:
+        """Shared experts: a dense network whose norm, residual sum and exchange are the routed experts' own."""
+        model, tokens = self.model, self.tokens
+        hidden = np.full(self.size, float(model.hidden))
+        inner = width * (2 if model.gated_mlp else 1)
+        up, down = self.product(tokens, inner, hidden), self.product(tokens, hidden, width)
+        data_gradient = self.product(tokens, hidden, inner) + self.product(tokens, width, hidden)
+        weight_gradient = self.product(inner, hidden, tokens) + self.product(hidden, width, tokens)
+        e = self.activation_bytes
+        gate = self.stream(tokens * (inner + width) * e, 1.0)
+        tensor_forward, tensor_backward = self.tensor_times()
+        return _Half(
+            self.of(4, matmul=up + down, memory=gate, tensor=tensor_forward),
+            self.of(8, matmul=data_gradient + weight_gradient, memory=1.5 * gate, tensor=tensor_backward),
+            self.of(0),
+            self.of(2, matmul=up, memory=gate),
+            weight_gradient,
+        )
+
+    # --- whole layers, and what stands before and behind them ---------------------------------------------------------
+
+    def layer(self, attention: _Half, ffn: _Half) -> LayerTimes:
+        launch = self.software.launch_s
+        forward, backward = attention.forward + ffn.forward, attention.backward + ffn.backward
+        selective = attention.selective + ffn.selective
+        projections = attention.projections + ffn.projections
+        plain = backward.settled(launch)
+        recompute = [np.zeros_like(plain)]
+        for again in (selective, projections, forward):
+            recompute.append((backward + again).settled(launch) - plain)
+        return LayerTimes(
+            forward.settled(launch), plain, tuple(recompute), attention.weight_gradient + ffn.weight_gradient
+        )
+
+    def embedding(self) -> FloatArray:
+        """Reading rows of the table and adding their gradients, (K, U)."""
+        rows = self.tokens * self.model.hidden / self.sharded
+        times = self.empty()
+        times[_MEMORY] = self.stream(rows * 3 * self.activation_bytes, 2.0)
+        times[_MEMORY] += self.stream(rows * (self.activation_bytes + 8), 2.0)
+        times[_TENSOR] = np.where(self.tensor > 1, self.exchange(), 0.0)
+        return times
+
+    def head(self) -> tuple[FloatArray, FloatArray]:
+        """Final normalisation, logits and loss, forward and backward, (K, U)."""
+        model, tokens = self.model, self.tokens
+        vocab = np.full(self.size, float(model.vocab)) / self.tensor
+        hidden = np.full(self.size, float(model.hidden))
+        logits = tokens * vocab
+        # Fused: logits are read twice and their gradient written once. Unfused, in fp32 (the vocabulary-parallel loss of
+        # Shoeybi et al. 2019): cast, maximum, difference, exponential, sum, quotient; backward copy, scale, cast.
+        fused = self.software.cross_entropy == "fused"
+        forward_bytes, backward_bytes = (8.0, 6.0) if fused else (46.0, 30.0)
+        forward, backward = self.empty(), self.empty()
+        forward[_MATMUL] = self.product(tokens, vocab, hidden, False)
+        backward[_MATMUL] = self.product(tokens, hidden, vocab, False) + self.product(vocab, hidden, tokens, False)
+        forward[_MEMORY] = self.stream(logits * forward_bytes, 3.0)
+        backward[_MEMORY] = self.stream(logits * backward_bytes, 3.0) + self.accumulation(vocab * hidden)
+        size = tokens * model.hidden * self.activation_bytes
+        gathered = self.fabric.all_gather(size, self.tensor, self.one)
+        forward[_TENSOR] = np.where(self.shapes.sequence_parallel, gathered, 0.0)
+        backward[_TENSOR] = np.where(
+            self.shapes.sequence_parallel,
+            self.fabric.reduce_scatter(size, self.tensor, self.one),
+            self.fabric.all_reduce(size, self.tensor, self.one),
+        )
+        return forward, backward
+
+
+def shape_keys(layouts: Layouts) -> tuple[Layouts, IntArray]:
+    """The different shapes among candidates, and for each candidate the position of its shape."""
+    key = np.zeros(len(layouts), dtype=np.int64)
+    for name in ("tensor", "context", "expert", "expert_tensor", "micro_batch", "precision", "sequence_parallel"):
+        values, positions = np.unique(getattr(layouts, name), return_inverse=True)
+        key = key * len(values) + positions
+    _, first, which = np.unique(key, return_index=True, return_inverse=True)
+    return layouts.take(first), which

@@ -1,0 +1,79 @@
+"""What a training framework does with a layout, and the few physical parameters that no datasheet states.
+
+A `SoftwareSpec` is a framework's traits: which kernels it has fused, what it overlaps, what it keeps in which
+precision. Traits are facts of its code and defaults, in the catalog like any other. A `CalibrationSpec` holds the
+planner's global parameters, each with a meaning, fitted on many measured runs and never on one.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from modelworks.spec.fields import Fraction, PositiveFloat, Section
+
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class SoftwareSpec(Section):
+    """A training framework's traits."""
+
+    name: str
+    attention: Literal["flash", "unfused"] = "flash"
+    """`unfused` writes the scores out, softmax and dropout as kernels of their own."""
+    elementwise: Literal["fused", "unfused"] = "fused"
+    """Whether normalisation, activation and residual kernels join what can be joined."""
+    cross_entropy: Literal["fused", "unfused"] = "fused"
+    dropout: bool = False
+    gradient_accumulation: Literal["fused", "unfused"] = "fused"
+    """`fused`: weight gradients are added to the running sum inside their matrix product."""
+    gradient_bytes: Literal[2, 4] = 4
+    """Of the running sum, and of its reduction over replicas."""
+    parameter_bytes: Literal[1, 2, 4] = 2
+    """Of the weights that forward and backward use; 4 where they are cast at each use."""
+    master_weights: bool = True
+    """Whether the optimizer keeps fp32 weights beside them."""
+    kernels_per_layer: PositiveFloat = 15.0
+    """Kernels that a dense layer's forward pass launches; its backward pass launches twice as many."""
+    launch_s: NonNegativeFloat = 0.0
+    """Time of the host between two launches; 0 with CUDA graphs or a compiled step."""
+    step_host_s: NonNegativeFloat = 0.0
+    """Time of the host once per step: data, optimizer launch, logging, loss scaling."""
+    tensor_overlap_forward: Fraction = 0.0
+    """Share of the tensor-parallel communication that hides behind matrix products."""
+    tensor_overlap_backward: Fraction = 0.0
+    data_overlap: bool = True
+    """Whether gradients are reduced (and sharded parameters gathered) while the backward (forward) pass computes."""
+    pipeline_overlap: bool = True
+    """Whether activations travel between stages while the next micro batch computes."""
+    expert_overlap: Fraction = 0.0
+    experts: Literal["grouped", "sequential"] = "grouped"
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """What it shards if the run doesn't say."""
+    sequence_parallel: bool = True
+    """Whether it splits sequences beside tensor parallelism if the run doesn't say."""
+    capacity_factor: PositiveFloat | None = None
+    """Experts' slots over tokens sent to them on average; unset drops nothing and pads nothing."""
+
+
+class CalibrationSpec(Section):
+    """The planner's global parameters; `catalog/calibration/*.toml` states how each was found."""
+
+    sustained: dict[str, Annotated[float, Field(gt=0, le=1)]]
+    """By device: the share of its rate in short measurements that matrix products keep up in training for hours,
+    where power and heat limit the clock."""
+    sustained_default: Annotated[float, Field(gt=0, le=1)]
+    attention_backward: PositiveFloat
+    """Time of attention's backward kernel over its forward kernel's (2.5 by its operations)."""
+    memory_efficiency: Annotated[float, Field(gt=0, le=1)]
+    """Reached share of memory bandwidth in kernels that stream activations."""
+    infiniband_efficiency: Annotated[float, Field(gt=0, le=1)]
+    ethernet_efficiency: Annotated[float, Field(gt=0, le=1)]
+    all_to_all_efficiency: Annotated[float, Field(gt=0, le=1)]
+    """Of the ring's rate, in all-to-alls across the network."""
+    overlap_slowdown: NonNegativeFloat
+    """How much longer computation takes per second of communication that runs beside it, since both want the same
+    cores and the same memory."""
+    jitter_per_doubling: NonNegativeFloat
+    """Share of a step that is lost to the slowest rank, for each doubling of the ranks that wait for each other."""
