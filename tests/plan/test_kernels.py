@@ -168,8 +168,8 @@ def test_a_product_is_never_faster_than_the_peak_or_the_memory_allows(m: float, 
         assert np.isfinite(time)
 
 
-@given(batch=st.integers(1, 64), length=st.integers(512, 1_000_000), heads=st.integers(1, 128))
-def test_attention_is_never_faster_than_the_peak_allows_and_a_mask_never_slows_it(
+@given(batch=st.integers(1, 64), length=st.integers(1, 1_000_000), heads=st.integers(1, 128))
+def test_attention_is_never_faster_than_the_peak_allows_and_a_mask_never_slows_long_sequences(
     batch: int, length: int, heads: int
 ) -> None:
     for name in [*MEASURED, "local"]:
@@ -177,7 +177,8 @@ def test_attention_is_never_faster_than_the_peak_allows_and_a_mask_never_slows_i
         causal, full = kernels.attention(batch, length, length, heads, heads, 128, [True, False], "bf16")
         flop = 2.0 * batch * heads * 128 * length * (length + 1.0)
         assert causal >= flop / kernels.device.peak_flops["bf16"]
-        assert causal <= full * 1.15
+        if length >= 1024:  # below, the surface knows masked attention alone and overstates the other's speed
+            assert causal <= full
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
