@@ -81,7 +81,7 @@ def evaluate(
     reasons[REASONS.index("host")] = setting.software.step_host_s
     before = reasons.sum(axis=0)
     jitter = setting.calibration.jitter_per_doubling if setting.device.kind == "gpu" else 0.0
-    reasons[REASONS.index("jitter")] = before * jitter * np.log2(np.maximum(c.devices, 1))
+    reasons[REASONS.index("jitter")] = before * jitter * np.log2(np.maximum(c.devices / setting.fabric.node_devices, 1.0))
     step = reasons.sum(axis=0)
 
     memory = memory_bytes(setting, c, stages, micro_batches)
