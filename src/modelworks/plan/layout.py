@@ -7,6 +7,7 @@ those names. What a layout divides the model and the batch into is checked here 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -114,7 +115,12 @@ def layouts(count: int | None = None, **given: Any) -> Layouts:
     return made if count is None else made.take(np.zeros(count, dtype=np.int64))
 
 
-def fits_model(model: ModelSpec, seq_len: int, global_batch: int, candidates: Layouts) -> BoolArray:
+def joined(parts: Sequence[Layouts]) -> Layouts:
+    """Several sets of candidates as one."""
+    return Layouts(**{f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(Layouts)})
+
+
+def fits_model(model: ModelSpec, seq_len: int, global_batch: int | IntArray, candidates: Layouts) -> BoolArray:
     """Which candidates divide the model and the batch evenly, as the engines ask of a layout.
 
     Attention heads and the feed-forward width by `tensor`; key-value heads by it or it by them; experts by `expert`;

@@ -53,8 +53,10 @@ class Evaluation:
         return total
 
 
-def evaluate(setting: Setting, global_batch: int, candidates: Layouts, memory_limit: float | None = None) -> Evaluation:
-    """Evaluate one optimizer step of `global_batch` sequences under each candidate.
+def evaluate(
+    setting: Setting, global_batch: int | IntArray, candidates: Layouts, memory_limit: float | None = None
+) -> Evaluation:
+    """Evaluate one optimizer step of `global_batch` sequences (one number, or one for each) under each candidate.
 
     Candidates that don't divide the model or the batch get a time as if they did, and `fits` is false.
     """
@@ -85,7 +87,7 @@ def evaluate(setting: Setting, global_batch: int, candidates: Layouts, memory_li
     memory = memory_bytes(setting, c, stages, micro_batches)
     limit = setting.device.memory_bytes if memory_limit is None else memory_limit
     fits = fits_model(model, setting.seq_len, global_batch, c) & (memory.sum(axis=0) <= limit)
-    tokens = float(global_batch * setting.seq_len)
+    tokens = np.asarray(global_batch, dtype=np.float64) * setting.seq_len
     flop = training_flop_per_token(model, setting.seq_len) * tokens
     peaks = np.array([setting.device.peak_flops.get(name, np.nan) for name in PRECISIONS])
     mfu = flop / step / (peaks[c.precision] * c.devices)

@@ -20,6 +20,8 @@ class DeviceSpec(Section):
     """One accelerator (or one machine's CPU): peaks per device, dense (no sparsity)."""
 
     name: str
+    matches: list[str] = []
+    """Patterns (as file names have them, in lower case) of what lists of measured runs call it."""
     kind: Literal["gpu", "cpu"] = "gpu"
     peak_flops: dict[Precision, PositiveFloat]
     """Dense matrix throughput in FLOP/s by precision."""

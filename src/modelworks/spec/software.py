@@ -20,6 +20,8 @@ class SoftwareSpec(Section):
     """A training framework's traits."""
 
     name: str
+    matches: list[str] = []
+    """Patterns (as file names have them, in lower case) of what lists of measured runs call it."""
     attention: Literal["flash", "unfused"] = "flash"
     """`unfused` writes the scores out, softmax and dropout as kernels of their own."""
     elementwise: Literal["fused", "unfused"] = "fused"
