@@ -21,12 +21,12 @@ import numpy as np
 from modelworks.plan.block import Setting
 from modelworks.plan.layout import PRECISIONS, BoolArray, FloatArray, IntArray, Layouts
 from modelworks.plan.memory import MEMORY
-from modelworks.plan.step import REASONS, Evaluation, evaluate
+from modelworks.plan.step import REASONS, Blocks, Evaluation, evaluate, known_blocks
 
 GROUP: tuple[str, ...] = ("tensor", "pipeline", "context", "expert", "expert_tensor")
 """Layouts that differ in one of these are distinct; the others are settings of one layout."""
-_CHUNK = 16_384
-"""Candidates that are evaluated together: their arrays stay in the processor's cache."""
+_CHUNK = 65_536
+"""Candidates that are evaluated together: enough to make calls cheap, few enough to need little memory."""
 _RECOMPUTE_OPTIONS = ((0, 1.0), *((kind, share) for kind in (1, 2, 3) for share in (1.0, 0.75, 0.5, 0.25)))
 """Kind and share of the layers, simplest first."""
 WITHIN = 1.1
@@ -76,10 +76,10 @@ class Candidates:
     def __len__(self) -> int:
         return len(self.table["tensor"]) * len(self.last["recompute"])
 
-    def rows(self, block: slice, **last: int) -> Layouts:
-        """One candidate for each row of a block, with the last choices given: sharded over all replicas, recomputed
-        in all layers."""
+    def rows(self, block: slice, recompute: int = 0, zero_stage: int = 1) -> Layouts:
+        """One candidate for each row of a block: sharded over all replicas, all layers recomputed."""
         made = {name: values[block] for name, values in self.table.items()}
+        last = {"recompute": recompute, "zero_stage": zero_stage}
         made |= {name: np.full_like(made["tensor"], value) for name, value in last.items()}
         made["recompute_share"] = np.ones(len(made["tensor"]))
         made["shards"] = made["data"] * made["context"]
@@ -183,7 +183,8 @@ def search(setting: Setting, global_batch: int, space: Space) -> Found:
     begun = time.process_time()
     every = candidates(setting, global_batch, space)
     inner = len(every.last["recompute"])
-    time_bound, memory_bound, evaluated = _bounds(setting, global_batch, every)
+    blocks = known_blocks(setting, every.rows(slice(None)))
+    time_bound, memory_bound, evaluated = _bounds(setting, global_batch, every, blocks)
     order = np.flatnonzero(memory_bound <= space.memory_limit * WITHIN)
     order = order[np.argsort(time_bound[order], kind="stable")]
     best = _Best(every)
@@ -193,7 +194,8 @@ def search(setting: Setting, global_batch: int, space: Space) -> Found:
         rows = order[start : start + _WINDOW]
         rows = rows[best.could_change(rows, time_bound[rows])]
         for numbers in _numbers(rows, inner):
-            found = evaluate(setting, global_batch, every.at(numbers), space.memory_limit)
+            known = Blocks(blocks.times, blocks.which[numbers // inner])
+            found = evaluate(setting, global_batch, every.at(numbers), space.memory_limit, known)
             evaluated += len(numbers)
             fitting = np.flatnonzero(found.fits)
             feasible += len(fitting)
@@ -204,7 +206,7 @@ def search(setting: Setting, global_batch: int, space: Space) -> Found:
     near_numbers = [numbers[step <= best.fastest * WITHIN] for numbers, step in close]
     smallest = np.zeros(0, dtype=np.int64)
     if not feasible and len(every):
-        smallest = _least_memory(setting, global_batch, every, memory_bound, inner)
+        smallest = _least_memory(setting, global_batch, every, memory_bound)
     return Found(
         candidates=every,
         distinct=evaluate(setting, global_batch, every.at(best.numbers()), space.memory_limit),
@@ -218,32 +220,38 @@ def search(setting: Setting, global_batch: int, space: Space) -> Found:
 
 def evaluations(setting: Setting, global_batch: int, every: Candidates) -> Iterator[tuple[IntArray, Evaluation]]:
     """All candidates' numbers and evaluations, block by block, none left out."""
-    for start in range(0, len(every), _CHUNK):
-        numbers = np.arange(start, min(start + _CHUNK, len(every)))
-        yield numbers, evaluate(setting, global_batch, every.at(numbers), every.space.memory_limit)
+    blocks, inner = known_blocks(setting, every.rows(slice(None))), len(every.last["recompute"])
+    for numbers in _numbers(np.arange(len(every.table["tensor"])), inner):
+        known = Blocks(blocks.times, blocks.which[numbers // inner])
+        yield numbers, evaluate(setting, global_batch, every.at(numbers), every.space.memory_limit, known)
 
 
-def _bounds(setting: Setting, global_batch: int, every: Candidates) -> tuple[FloatArray, FloatArray, int]:
+def _bounds(
+    setting: Setting, global_batch: int, every: Candidates, blocks: Blocks
+) -> tuple[FloatArray, FloatArray, int]:
     """For each row the least time and memory that any of its candidates has, and how many evaluations that took."""
     rows = len(every.table["tensor"])
     time_bound, memory_bound = np.empty(rows), np.empty(rows)
     for start in range(0, rows, _CHUNK):
         block = slice(start, start + _CHUNK)
-        quick = evaluate(setting, global_batch, every.rows(block, recompute=0, zero_stage=1), every.space.memory_limit)
+        known = Blocks(blocks.times, blocks.which[block])
+        quick = evaluate(
+            setting, global_batch, every.rows(block, recompute=0, zero_stage=1), every.space.memory_limit, known
+        )
         jitter = quick.reasons[_JITTER] / np.maximum(quick.step_time_s - quick.reasons[_JITTER], 1e-300)
         time_bound[block] = quick.step_time_s - quick.reasons[_DATA] * (1.0 + jitter)
-        small = evaluate(setting, global_batch, every.rows(block, recompute=3, zero_stage=3), every.space.memory_limit)
+        small = evaluate(
+            setting, global_batch, every.rows(block, recompute=3, zero_stage=3), every.space.memory_limit, known
+        )
         memory_bound[block] = small.memory_bytes - _BUFFER_SHARE * small.memory[_BUFFERS]
     return time_bound, memory_bound, 2 * rows
 
 
-def _least_memory(
-    setting: Setting, global_batch: int, every: Candidates, memory_bound: FloatArray, inner: int
-) -> IntArray:
+def _least_memory(setting: Setting, global_batch: int, every: Candidates, memory_bound: FloatArray) -> IntArray:
     """The number of the candidate that needs least memory, among the rows that promise least."""
     rows = np.argsort(memory_bound, kind="stable")[:_WINDOW]
     least, number = np.inf, np.zeros(1, dtype=np.int64)
-    for numbers in _numbers(rows, inner):
+    for numbers in _numbers(rows, len(every.last["recompute"])):
         memory = evaluate(setting, global_batch, every.at(numbers), every.space.memory_limit).memory_bytes
         if memory.min() < least:
             least, number = float(memory.min()), numbers[[int(np.argmin(memory))]]
@@ -383,7 +391,7 @@ def _last_choices(space: Space) -> dict[str, IntArray | FloatArray]:
     sharding = [(stage, kind) for stage in stages for kind in (range(len(_SHARDS)) if stage else (0,))]
     if "shards" in accepted:
         sharding = [(stage, 0) for stage in stages]
-    pairs = [(*again, *shards) for again in recompute for shards in sharding]
+    pairs = [(*again, *shards) for shards in sharding for again in recompute]
     columns = np.array(pairs, dtype=np.float64).reshape(len(pairs), 4).T
     return {
         "recompute": columns[0].astype(np.int64),
