@@ -1,33 +1,55 @@
-"""A prediction set out for people."""
+"""A plan set out for people."""
 
 from __future__ import annotations
 
+from rich.console import Group
+from rich.markup import escape
 from rich.table import Table
 
-from modelworks.plan.step import StepPrediction
-from modelworks.spec.hardware import DeviceSpec
-from modelworks.spec.run import RunSpec
+from modelworks.plan.planner import Plan
 
 
-def page(run: RunSpec, device: DeviceSpec, prediction: StepPrediction) -> Table:
-    """The prediction as a table for the terminal, with a last line that says whether it fits the device's memory."""
-    table = Table(title=f"{run.name}: {run.model.name} on one device, {device.name}", show_header=False)
-    gib = 2**30
-    fits = "fits" if prediction.memory_bytes <= device.memory_bytes else "doesn't fit"
-    sequences = f"{run.train.global_batch} of {run.train.seq_len} tokens, {prediction.micro_batch} at a time"
-    for name, value in (
+def page(plan: Plan) -> Group:
+    """The plan as tables for the terminal."""
+    run, device, gib = plan.run, plan.device, 2**30
+    table = Table(title=escape(f"{plan.name}: {run.model.name} on {plan.devices:,} x {device.name}"), show_header=False)
+    layout = plan.best.layout
+    degrees = ", ".join(f"{name} {layout[name]}" for name in ("tensor", "pipeline", "context", "expert", "data"))
+    sequences = f"{run.train.global_batch:,} of {run.train.seq_len:,} tokens, {plan.micro_batch} at a time"
+    peak = device.peak_flops[plan.precision]  # type: ignore[index]
+    cost = plan.cost
+    rows = [
         ("parameters", f"{run.model.parameters.total:,}, one token uses {run.model.parameters.active:,}"),
+        ("layout", degrees),
         ("sequences per step", sequences),
-        ("precision", prediction.precision),
-        ("model FLOPs per step", f"{prediction.flop_per_step:.4g}"),
-        ("time per step", f"{prediction.step_time_s:.3g} s"),
-        ("throughput", f"{prediction.tokens_per_s:,.0f} tokens/s"),
-        ("MFU", f"{prediction.mfu:.1%} of {device.peak_flops[prediction.precision] / 1e12:,.4g} TFLOP/s"),
-        ("whole run", f"{prediction.steps:,} steps, {_duration(prediction.run_time_s)}"),
-        ("memory", f"{prediction.memory_bytes / gib:,.1f} GiB, {fits} in {device.memory_bytes / gib:,.1f} GiB"),
-    ):
+        ("precision", plan.precision),
+        ("time per step", f"{plan.step_time_s:.3g} s"),
+        ("throughput", f"{plan.tokens_per_s:,.0f} tokens/s"),
+        ("MFU", f"{plan.mfu:.1%} of {peak / 1e12:,.4g} TFLOP/s"),
+        ("memory", f"{plan.memory_bytes / gib:,.1f} GiB of {device.memory_bytes / gib:,.1f} GiB"),
+        ("whole run", f"{plan.steps:,} steps, {_duration(plan.run_time_s)}"),
+        ("device hours, energy", f"{cost.device_hours:,.0f} h, {cost.energy_kwh:,.0f} kWh"),
+    ]
+    if cost.rent_usd is not None:
+        rows.append(("rented", f"{cost.rent_usd:,.0f} USD"))
+    for name, value in rows:
         table.add_row(name, value)
-    return table
+    losses = Table("what is lost", "points of MFU", title="from peak to achieved")
+    for loss in plan.waterfall:
+        if abs(loss.share) >= 0.0005:
+            losses.add_row(loss.words, f"{100 * loss.share:.1f}")
+    losses.add_row("achieved", f"{100 * plan.mfu:.1f}")
+    others = Table("slower", "layout", "why", title="next best layouts")
+    for other in plan.alternatives:
+        degrees = " ".join(
+            f"{name} {other.candidate.layout[name]}" for name in ("tensor", "pipeline", "context", "expert")
+        )
+        others.add_row(f"{other.slower:.1%}", degrees, other.why)
+    parts: list[Table | str] = [table, losses]
+    if plan.alternatives:
+        parts.append(others)
+    parts += [escape(f"note: {note}") for note in plan.notes]
+    return Group(*parts)
 
 
 def _duration(seconds: float) -> str:
