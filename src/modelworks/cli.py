@@ -126,7 +126,9 @@ def _train(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a field: train.seq_len=256.")
     ] = None,
     on: Annotated[str, typer.Option("--on", help="Where to train: local.")] = "local",
-    nproc: Annotated[int, typer.Option("--nproc", help="Processes: 1.")] = 1,
+    nproc: Annotated[
+        int | None, typer.Option("--nproc", help="Processes on this machine, instead of the spec's cluster.gpus.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run from its last good checkpoint.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
@@ -139,10 +141,9 @@ def _train(
     from modelworks.spec.files import load_run
     from modelworks.train.interrupt import Interrupted, exit_code
     from modelworks.train.view import NoView, view_for
-    from modelworks.train_command import refuse_engine, train_and_release
+    from modelworks.train_command import engine_overrides, train_and_release
 
-    refuse_engine(on, nproc)
-    spec = load_run(file, overrides or [])
+    spec = load_run(file, [*(overrides or []), *engine_overrides(on, nproc)])
     view = NoView() if as_json else view_for(spec.name, console)
     say = (lambda text: None) if as_json else console.print
     try:

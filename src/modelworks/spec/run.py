@@ -118,6 +118,8 @@ class ParallelSpec(Section):
     """Degrees of parallelism; `auto` is the planner's best (1 on one process)."""
 
     data: Degree = "auto"
+    shard: Degree = "auto"
+    """How many data-parallel ranks ZeRO splits state over, repeated over the others (HSDP); `auto` is all of them."""
     tensor: Degree = 1
     pipeline: Degree = 1
     context: Degree = 1

@@ -106,13 +106,14 @@ def write_hardware_file(device: DeviceSpec, path: Path | None = None) -> Path:
     return path
 
 
-def peak_flops(precision: Precision) -> float:
-    """This machine's matrix rate in FLOP/s: from the hardware file, else measured now in half a second."""
+def peak_flops(precision: Precision, processes: int = 1) -> float:
+    """This machine's matrix rate in FLOP/s: from the hardware file, else measured now in half a second, by each of
+    `processes` at once."""
     if hardware_file().is_file():
         known = device_spec(str(hardware_file())).peak_flops
         if precision in known:
             return known[precision]
-    return matmul_flops(precision, budget_s=0.5)
+    return processes * matmul_flops(precision, budget_s=0.5)
 
 
 def _matrices(size: int, precision: Precision) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
