@@ -97,18 +97,24 @@ def _plan(
 
 
 @app.command("bench")
-def _bench(as_json: JsonFlag = False) -> None:
-    """Measure this machine (matrix multiplication, memory) into a hardware file that planning reads. Takes 5 seconds.
+def _bench(
+    quick: Annotated[bool, typer.Option("--quick", help="Peaks only: 5 seconds instead of up to a minute.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Measure this machine into a hardware file that planning reads: matrices, memory, collectives, disk, overheads.
 
     Example: [bold]modelworks bench --json[/bold]
     """
     from rich.progress import Progress
 
     from modelworks.train.machine import measure, write_hardware_file
+    from modelworks.train.view import bench_tables
 
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("measuring", total=1.0)
-        device = measure(progress=lambda what, done: progress.update(task, description=what, completed=done))
+        device = measure(
+            progress=lambda what, done: progress.update(task, description=what, completed=done), tables=not quick
+        )
     path = write_hardware_file(device)
     if as_json:
         print(json.dumps({"file": str(path)} | device.model_dump(mode="json", exclude_none=True), indent=1))
@@ -116,6 +122,8 @@ def _bench(as_json: JsonFlag = False) -> None:
     for precision, rate in device.peak_flops.items():
         console.print(f"matrix multiplication in {precision}: {rate / 1e9:,.1f} GFLOP/s")
     console.print(f"memory: {device.memory_bandwidth_bytes / 1e9:,.1f} GB/s, {device.memory_bytes / 2**30:.1f} GiB")
+    for table in bench_tables(device):
+        console.print(table)
     console.print(f"written to {path}", soft_wrap=True)
 
 

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed.fsdp", "torch.distributed.tensor", "modelworks.train.loop"])
+_CONTEXT.set_forkserver_preload(
+    ["torch", "torch.distributed.fsdp", "torch.distributed.tensor", "modelworks.train.loop"]
+)
 
 
 def together(count: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 120.0) -> list[Any]:
@@ -70,5 +72,5 @@ def _member(
             dist.init_process_group("gloo", store=store, rank=rank, world_size=count)
         result = function(Ranks(rank, count), *arguments)
         sender.send((False, result))
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - whatever it is, the test shows it
         sender.send((True, traceback.format_exc()))

@@ -18,10 +18,8 @@ from torch.distributed.tensor import DTensor
 sys.path.insert(0, str(Path(__file__).parent))
 from processes import together
 
-from modelworks.spec.errors import InputError
 from modelworks.spec.files import run_from
 from modelworks.spec.run import RunSpec
-from modelworks.train.layout import Layout, layout
 from modelworks.train.loop import Trainer
 from modelworks.train.ranks import Ranks
 from modelworks.train.session import MemberSession, open_run
@@ -87,7 +85,7 @@ def run(spec: RunSpec, tmp_path: Path, steps: int = STEPS) -> list[dict[str, Any
 def with_layout(spec: RunSpec, name: str, processes: int, parallel: dict[str, Any]) -> RunSpec:
     """The same run under another name and layout."""
     values = spec.model_dump(mode="json", exclude_none=True)
-    size = {field: processes for field in ("gpus", "gpus_per_node", "scale_up_domain")}
+    size = dict.fromkeys(("gpus", "gpus_per_node", "scale_up_domain"), processes)
     values |= {"name": name, "cluster": values["cluster"] | size, "parallel": values["parallel"] | parallel}
     return run_from(values)
 
@@ -132,7 +130,9 @@ def oracle(oracles: dict[str, dict[str, Any]], tmp_path: Path) -> Callable[[RunS
 @pytest.mark.parametrize(
     ("processes", "fields"),
     [
-        pytest.param(processes, fields, id=f"{processes}-{_name(fields)}", marks=pytest.mark.slow if processes > 2 else ())
+        pytest.param(
+            processes, fields, id=f"{processes}-{_name(fields)}", marks=pytest.mark.slow if processes > 2 else ()
+        )
         for processes in (2, 4)
         for fields in layouts(processes)
     ],

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import sys
 
 import torch
 import torch.distributed as dist
@@ -65,12 +66,20 @@ class Ranks:
         return values
 
 
+def only_this_machine() -> None:
+    """Let gloo use the loopback interface, whatever the machine's own name resolves to."""
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+
+
 def join() -> Ranks:
     """Meet the other processes, as the environment that torchrun gives says where.
 
     Each attempt of a restarted run meets in a part of the store that is its own, since what an earlier attempt has
     left there would send some of its processes to peers that are gone.
     """
+    if os.environ["MASTER_ADDR"] == "127.0.0.1":
+        only_this_machine()
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store, _, _ = next(rendezvous("env://", rank, world, timeout=_TIMEOUT))
     attempt = f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"

@@ -47,9 +47,14 @@ def main(arguments: list[str]) -> int:
 
 
 def _train(session: MemberSession) -> int:
+    import torch
+
     from modelworks.train.loop import train
     from modelworks.train.ranks import join
 
+    if "OMP_NUM_THREADS" not in os.environ:
+        # The processes of a machine share its cores.
+        torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ["LOCAL_WORLD_SIZE"])))
     ranks = join()
     train(session, ranks=ranks)
     ranks.close()
