@@ -18,6 +18,8 @@ from torch.distributed.tensor import DTensor
 sys.path.insert(0, str(Path(__file__).parent))
 from processes import together
 
+from modelworks.model import checkpoint
+from modelworks.model.decoder import Decoder
 from modelworks.spec.files import run_from
 from modelworks.spec.run import RunSpec
 from modelworks.train.loop import Trainer
@@ -153,3 +155,54 @@ def test_a_layout_trains_like_one_process(
     for found in members:
         assert_alike(found, expected)
     assert expected["rows"][-1]["loss"] < expected["rows"][0]["loss"]
+
+
+def train_on(ranks: Ranks, folder: Path, spec: RunSpec, resume: bool, steps: int) -> list[float]:
+    """The losses of a run's next steps, after which a checkpoint is saved."""
+    trainer = Trainer(MemberSession(folder, spec, resume, ranks.first), NoView(), ranks)
+    losses = [trainer.one_step()["loss"] for _ in range(steps)]
+    trainer._save()
+    trainer.close()
+    return losses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_run_goes_on_with_the_same_losses_on_another_number_of_processes(
+    make_spec: MakeSpec, tmp_path: Path, optimizer: str
+) -> None:
+    spec = make_spec(global_batch=8, micro_batch=1, optimizer=optimizer)
+    expected = [row["loss"] for row in run(spec, tmp_path, steps=20)[0]["rows"]]
+    folder, losses = tmp_path / "moved", []
+    hops = [
+        (4, {"zero_stage": 3}),
+        (2, {"zero_stage": 1}),
+        (1, {}),
+        (4, {"zero_stage": 2, "shard": 2}),
+        (4, {"zero_stage": 0}),
+    ]
+    for place, (processes, parallel) in enumerate(hops):
+        moved = with_layout(spec, "moved", processes, parallel)
+        with open_run(moved, resume=place > 0, folder=folder) as session:
+            losses += together(processes, train_on, session.folder, moved, place > 0, 4)[0]
+    assert losses == pytest.approx(expected, rel=TOLERANCE)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_four_processes_is_whole_for_one(make_spec: MakeSpec, tmp_path: Path) -> None:
+    spec = make_spec(global_batch=8, micro_batch=1)
+    folders = {}
+    for processes in (1, 4):
+        split = with_layout(spec, f"run-{processes}", processes, {"zero_stage": 3})
+        with open_run(split, folder=tmp_path / split.name) as session:
+            together(processes, train_on, session.folder, split, False, 1)
+        folders[processes] = checkpoint.newest_good(tmp_path / split.name)
+    assert checkpoint.verify(folders[4])["step"] == 1
+    assert {path.suffix for path in folders[4].iterdir()} == {".json", ".safetensors"}
+    loaded = {}
+    for processes, folder in folders.items():
+        decoder = Decoder(spec.model)
+        checkpoint.load_weights(folder, decoder)
+        loaded[processes] = decoder.state_dict()
+    for name, tensor in loaded[1].items():
+        assert largest_difference(loaded[4][name], tensor) < 1e-5, name
