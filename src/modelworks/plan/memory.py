@@ -142,7 +142,9 @@ def stages_memory(
     kept = kept_bytes(setting, candidates, stages, micro_batches)
     found = {}
     for index, kind in enumerate(STAGES):
-        one = KeptBytes(*(np.repeat(table[[index]], len(STAGES), axis=0) for table in (kept.base, kept.saved, kept.logits)))
+        one = KeptBytes(
+            *(np.repeat(table[[index]], len(STAGES), axis=0) for table in (kept.base, kept.saved, kept.logits))
+        )
         found[kind] = memory_bytes(
             setting, candidates, (np.repeat(state[[index]], len(STAGES), axis=0), every), (one, every)
         )
