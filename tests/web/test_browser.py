@@ -333,6 +333,7 @@ def test_a_run_is_stopped_and_resumed_on_its_page(page, home, server):
     page.locator(".state.stopped").wait_for(timeout=60_000)
     assert {path.name for path in (home / "runs" / "halted" / "checkpoints").iterdir()}
 
+
 def test_the_theme_that_was_chosen_is_remembered(page):
     page.goto("/")
     page.get_by_label("Dark or light").click()
