@@ -126,8 +126,11 @@ class Trainer:
         self._compile()
         self.interrupt.graceful = True
         self.session.report(state="running", message=None, steps=self.train_spec.steps)
-        while not self._done() and self.interrupt.received is None:
+        done = self._done()
+        while not done and self.interrupt.received is None:
             row = self._timed_step()
+            # Looked at behind a step alone: if a validation or a checkpoint uses up the time, one more step is made, so
+            # that a run always ends with its final rate and with a validation of what it ends with.
             done = self._done()
             if done or (self.train_spec.validate_every and self.step % self.train_spec.validate_every == 0):
                 row["validation_bpb"] = self._validate()
@@ -137,7 +140,7 @@ class Trainer:
         if self.last_checkpoint is None or self.last_checkpoint.name != f"step-{self.step:08d}":
             self._save()
         self.interrupt.graceful = False
-        return self._end()
+        return self._end(done)
 
     def one_step(self) -> dict[str, Any]:
         """Make one optimizer step and say what came of it.
@@ -323,8 +326,8 @@ class Trainer:
         self.session.report(message=message)
         self.view.show(self.session.status)
 
-    def _end(self) -> TrainResult:
-        received = None if self._done() else self.interrupt.received
+    def _end(self, done: bool) -> TrainResult:
+        received = None if done else self.interrupt.received
         state = "finished" if received is None else "stopped"
         assert self.last_checkpoint is not None
         self.session.report(
