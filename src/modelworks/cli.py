@@ -465,6 +465,9 @@ def _served(name: str) -> Any:
 
 Slots = Annotated[int, typer.Option(min=1, max=256, help="Chats that a model answers at once; more wait.")]
 Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="Threads that compute; default: cores minus one.")]
+HostNames = Annotated[
+    list[str] | None, typer.Option(metavar="NAME", help="A name, such as a proxy's, by which browsers may call this.")
+]
 ContextTokens = Annotated[int, typer.Option(min=16, help="Tokens per chat, prompt and answer together.")]
 
 
@@ -476,15 +479,18 @@ def _serve(
     slots: Slots = 4,
     threads: Threads = None,
     context: ContextTokens = 4096,
+    allow_host: HostNames = None,
 ) -> None:
     """Serve the stored models over an OpenAI-compatible API; MODEL is loaded at once, others when asked for.
 
     Example: [bold]modelworks serve smollm2-135m --port 8000[/bold]
     """
     from modelworks.serve.listen import serve
+    from modelworks.serve.llamacpp import EngineSettings
 
     store = _served(model)
-    serve(store, model, host=host, port=port, slots=slots, threads=threads, context=context)
+    settings = EngineSettings(slots=slots, threads=threads, context=context)
+    serve(store, model, settings, host=host, port=port, hosts=allow_host or [])
 
 
 @app.command("chat")
@@ -526,6 +532,7 @@ def _up(
     port: Annotated[int, typer.Option(help="Where to listen; 0 takes a free port.")] = 8080,
     host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 lets others in.")] = "127.0.0.1",
     no_run: Annotated[bool, typer.Option("--no-run", help="Don't train the first run in the background.")] = False,
+    allow_host: HostNames = None,
     check: Annotated[bool, typer.Option("--check", help="Walk the whole line once, headless, and report.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
@@ -553,7 +560,7 @@ def _up(
         return
     from modelworks.web.up import up
 
-    up(host, port, not no_run, console)
+    up(host, port, not no_run, console, allow_host or [])
 
 
 def main() -> None:

@@ -364,6 +364,31 @@ def test_a_kill_in_mid_answer_leaves_the_conversation_and_marks_the_answer(brows
     assert len(answer.content) > 20
 
 
+def test_a_page_of_another_origin_can_neither_read_the_pages_nor_open_their_websocket(server):
+    assert httpx.get(server.url).status_code == 200
+    assert httpx.get(server.url, headers={"Host": "evil.example"}).status_code == 403
+    socket_io = f"{server.url}/_nicegui_ws/socket.io/?EIO=4&transport=polling"
+    upgrade = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
+    upgrade["Sec-WebSocket-Key"] = "dGhlIHNhbXBsZSBub25jZQ=="
+    for address, headers in ((socket_io, {}), (socket_io.replace("polling", "websocket"), upgrade)):
+        assert httpx.get(address, headers={"Origin": "http://evil.example", **headers}).status_code == 403
+
+
+def test_a_page_closed_with_a_question_open_leaves_no_error_behind(browser, home, tmp_path):
+    own = tmp_path / "home"
+    own.mkdir()
+    (own / "models").symlink_to(home / "models")
+    server = RunningServer(own)
+    page = browser.new_page(base_url=server.url)
+    page.goto("/models")
+    page.get_by_label(f"Remove {MODEL}").click()
+    page.get_by_role("button", name="Cancel").wait_for()
+    page.close()
+    time.sleep(12)  # until the server gives up waiting for the page to come back
+    server.end()
+    assert "Traceback" not in server.process.stdout.read()
+
+
 def test_a_second_server_on_one_folder_says_where_the_first_is(server):
     second = server.command("--port", "0", "--no-run")
     said = second.communicate(timeout=60)[0]

@@ -11,7 +11,7 @@ import asyncio
 import base64
 import json
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -25,6 +25,7 @@ from modelworks.serve.answer import Answer
 from modelworks.serve.engine import Engine, ModelCard
 from modelworks.serve.errors import RequestError, UnknownModelError
 from modelworks.serve.metrics import Metrics
+from modelworks.serve.origin import OwnOriginOnly
 from modelworks.serve.requests import ChatRequest, CompletionRequest, EmbeddingRequest, parse
 from modelworks.serve.store import Store
 from modelworks.spec.errors import OperationError
@@ -35,7 +36,14 @@ _DISCARDED = 8
 """How many times the limit is read and thrown away, so that a client that is still sending gets its answer."""
 
 
-def create_app(engine: Engine, store: Store, *, body_limit: int = _BODY_LIMIT, preload: str | None = None) -> FastAPI:
+def create_app(
+    engine: Engine,
+    store: Store,
+    *,
+    body_limit: int = _BODY_LIMIT,
+    preload: str | None = None,
+    hosts: Collection[str] = (),
+) -> FastAPI:
     """The application: ``/v1/*``, ``/health`` and ``/metrics``; the rest of the paths is free for pages.
 
     Parameters
@@ -48,6 +56,8 @@ def create_app(engine: Engine, store: Store, *, body_limit: int = _BODY_LIMIT, p
         The most bytes of a request.
     preload : str, optional
         A model to load before the first request is taken.
+    hosts : collection of str
+        Names that lead to this server beside its addresses, ``localhost`` and this machine's name.
     """
 
     @asynccontextmanager
@@ -58,6 +68,7 @@ def create_app(engine: Engine, store: Store, *, body_limit: int = _BODY_LIMIT, p
         await engine.close()
 
     app = FastAPI(title="Modelworks", version=__version__, lifespan=lifespan, docs_url="/v1/docs", redoc_url=None)
+    app.add_middleware(OwnOriginOnly, names=hosts)
     app.state.engine, app.state.store = engine, store
     metrics = Metrics(engine)
     _add_generation(app, engine, metrics, body_limit)

@@ -136,7 +136,8 @@ async def ask(question: str, verb: str, note: str = "", text: str | None = None)
         answer: str | bool | None = await dialog
         return answer
     finally:
-        dialog.delete()
+        if not dialog.is_deleted:  # as it is when the page was closed with the question open
+            dialog.delete()
 
 
 def icon_button(icon: str, name: str, action: Callable[[], object]) -> ui.button:
