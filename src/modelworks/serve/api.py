@@ -23,7 +23,7 @@ from starlette.types import Receive, Scope, Send
 from modelworks import __version__
 from modelworks.serve.answer import Answer
 from modelworks.serve.engine import Engine, ModelCard
-from modelworks.serve.errors import RequestError, UnknownModelError
+from modelworks.serve.errors import RequestError
 from modelworks.serve.metrics import Metrics
 from modelworks.serve.origin import OwnOriginOnly
 from modelworks.serve.requests import ChatRequest, CompletionRequest, EmbeddingRequest, parse
@@ -105,8 +105,7 @@ def _add_generation(app: FastAPI, engine: Engine, metrics: Metrics, body_limit: 
 
         try:
             asked = parse(kind, await _body(request, body_limit))
-            await _known(engine, asked.model)
-            model = asked.model
+            model = (await engine.card(asked.model)).name
             answer = Answer.of(asked, engine, metrics)
         except RequestError as error:
             metrics.count(endpoint, model, error.status)
@@ -121,8 +120,7 @@ def _add_embeddings(app: FastAPI, engine: Engine, metrics: Metrics, body_limit: 
         model = "unknown"
         try:
             asked = parse(EmbeddingRequest, await _body(request, body_limit))
-            await _known(engine, asked.model)
-            model = asked.model
+            model = (await engine.card(asked.model)).name
             vectors, tokens = await engine.embed(model, asked.input)
         except RequestError as error:
             metrics.count("embeddings", model, error.status)
@@ -143,7 +141,7 @@ def _add_models(app: FastAPI, engine: Engine) -> None:
     @app.get("/v1/models/{name}")
     async def model(name: str) -> dict[str, Any]:
         """One model."""
-        return _described(await _known(engine, name))
+        return _described(await engine.card(name))
 
 
 def _add_errors(app: FastAPI) -> None:
@@ -168,13 +166,6 @@ def _add_errors(app: FastAPI) -> None:
     async def turned_away(_: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         return _error_response(RequestError(str(error.detail), status=error.status_code))
-
-
-async def _known(engine: Engine, name: str) -> ModelCard:
-    cards = {card.name: card for card in await engine.models()}
-    if name not in cards:
-        raise UnknownModelError(name, list(cards))
-    return cards[name]
 
 
 def _described(card: ModelCard) -> dict[str, Any]:

@@ -163,6 +163,10 @@ class LlamaCppEngine(Engine):
         """The store's models."""
         return [self._card(model) for model in self.store.list()]
 
+    async def card(self, model: str) -> ModelCard:
+        """One of the store's models."""
+        return self._card(self.store.get(model))
+
     def _card(self, model: ServedModel) -> ModelCard:
         header = self._header(model)
         context = min(self.settings.context, header.context)
