@@ -165,7 +165,7 @@ def _print_summary(summary: dict[str, Any], released: dict[str, Any] | None) -> 
         console.print("go on with the same command and --resume")
     if released is not None:
         for kind, path in released["files"].items():
-            console.print(f"released {kind}: {path}")
+            console.print(f"released {kind}: {path}", soft_wrap=True)
         if released["served_as"]:
             console.print(f"talk to it: modelworks chat {released['served_as']}")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,7 +90,8 @@ def release(folder: Path, spec: RunSpec, say: Say) -> dict[str, Any]:
 def compare(record: RunRecord) -> dict[str, dict[str, float | None]]:
     """A run's plan beside what was measured: per quantity ``planned``, ``measured`` and ``ratio``.
 
-    The measurement is the mean over all logged steps but the first, which also warms up.
+    The measurement is that of the median step, as on the model card, of all that were logged but the first, which also
+    warms up: a machine that slept for an hour makes one step long, and says nothing of the others.
 
     Raises
     ------
@@ -101,7 +103,7 @@ def compare(record: RunRecord) -> dict[str, dict[str, float | None]]:
         raise OperationError(f"run {record.name} has no plan.json: it was not started by the train command")
     if not rows:
         raise OperationError(f"run {record.name} has not logged two steps yet")
-    step_time = sum(row["step_time_s"] for row in rows) / len(rows)
+    step_time = statistics.median(row["step_time_s"] for row in rows)
     tokens_per_s = record.spec().train.tokens_per_step / step_time
     mfu_per_rate = rows[-1]["mfu"] / rows[-1]["tokens_per_s"]
     measured = {"step_time_s": step_time, "tokens_per_s": tokens_per_s, "mfu": tokens_per_s * mfu_per_rate}

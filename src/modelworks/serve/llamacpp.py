@@ -27,14 +27,21 @@ import psutil
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read once, when the library is loaded
 
-import xllamacpp  # type: ignore[import-untyped]
-
 from modelworks.serve.engine import Activity, Endpoint, Engine, ModelCard
 from modelworks.serve.errors import RequestError
 from modelworks.serve.store import ServedModel, Store
 from modelworks.serve.toolcalls import ToolPrompt
 from modelworks.spec.errors import OperationError
 from modelworks.spec.gguf_header import GgufHeader, read_gguf_header
+
+try:
+    import xllamacpp  # type: ignore[import-untyped]
+except ImportError as error:
+    if "libgomp" not in str(error):
+        raise
+    raise OperationError(
+        "llama.cpp needs the OpenMP library libgomp.so.1, which isn't on this machine; Debian's package is libgomp1"
+    ) from None
 
 _PREFILL_BATCH = 256
 _EMBEDDING_CONTEXT = 2048

@@ -160,7 +160,8 @@ class RunPage:
                 ui.label(status.message).classes(f"notice{bad}")
         self._stop.set_visibility(status.active)
         self._resume.set_visibility(status.state in RESUMABLE)
-        self._talk.set_visibility(bool(status.served_as))
+        served = {model.name for model in self._services.store.list()}
+        self._talk.set_visibility(status.served_as in served)
         self._log_place.clear()
         log = self._record.log() if status.state in {"failed", "crashed"} else ""
         if log:
