@@ -291,18 +291,18 @@ def release(
     Example: modelworks release grok-tiny --to safetensors,gguf --quantize q8_0,q4_k
     """
     from modelworks.release.package import release_run
-    from modelworks.serve.store import Store
     from modelworks.train.record import RunRecord
+    from modelworks.train_command import offer
 
     if layout not in ("sglang", "vllm"):
         raise InputError(f"--layout {layout} is not accepted: sglang or vllm is")
-    folder = RunRecord(run).folder
+    record = RunRecord(run)
     kinds = quantize.split(",") if quantize else None
     result = _with_progress(
-        lambda progress: release_run(folder, to.split(","), kinds, progress, dtype=dtype, vllm=layout == "vllm")
+        lambda progress: release_run(record.folder, to.split(","), kinds, progress, dtype=dtype, vllm=layout == "vllm")
     )
     if result.gguf is not None:
-        Store().add(folder.name, result.gguf, source=f"run {folder.name}")
+        offer(record.spec(), result.gguf)
     if as_json:
         verification = {name: found.as_dict() for name, found in result.verification.items()}
         print(json.dumps({"folder": str(result.folder), "files": sorted(result.files), "verification": verification}))

@@ -74,17 +74,16 @@ def release(folder: Path, spec: RunSpec, say: Say) -> dict[str, Any]:
     packages = release_run(folder, to=list(spec.release.to), quantize=list(spec.release.quantize))
     served_as = None
     if packages.gguf is not None:
-        from modelworks.serve.store import Store
-
-        Store().add(
-            spec.name,
-            packages.gguf,
-            source=f"run {spec.name}",
-            license=spec.release.license,
-            context=spec.model.context,
-        )
-        served_as = spec.name
+        served_as = offer(spec, packages.gguf)
     return {"files": {kind: str(path) for kind, path in packages.files.items()}, "served_as": served_as}
+
+
+def offer(spec: RunSpec, gguf: Path) -> str:
+    """Store a run's GGUF file among the models that can be talked to; returns its name there, which is the run's."""
+    from modelworks.serve.store import Store
+
+    source = f"run {spec.name}"
+    return Store().add(spec.name, gguf, source=source, license=spec.release.license, context=spec.model.context).name
 
 
 def compare(record: RunRecord) -> dict[str, dict[str, float | None]]:

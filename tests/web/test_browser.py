@@ -334,6 +334,18 @@ def test_a_run_is_stopped_and_resumed_on_its_page(page, home, server):
     assert {path.name for path in (home / "runs" / "halted" / "checkpoints").iterdir()}
 
 
+def test_a_long_title_is_cut_so_that_its_menu_stays_in_reach(page, home, talk):
+    store = ConversationStore(home / "modelworks.db")
+    store.rename(talk, "A title that is far too long for the side of the page and is cut therefore")
+    store.close()
+    page.goto(f"/c/{talk}")
+    side = page.locator(".side").bounding_box()
+    for part in (page.locator(".talk.here"), page.locator(".talk.here").get_by_label("More")):
+        box = part.bounding_box()
+        assert box["x"] + box["width"] <= side["x"] + side["width"]
+    assert page.locator(".nav.here").bounding_box()["width"] > 0.8 * side["width"]
+
+
 def test_the_theme_that_was_chosen_is_remembered(page):
     page.goto("/")
     page.get_by_label("Dark or light").click()

@@ -337,7 +337,7 @@ class Trainer:
             loss=self.loss,
             validation_bpb=self.validation_bpb,
             eta_s=None,
-            message=None if received is None else "saved; go on with --resume",
+            message=None if received is None else "saved; it can be resumed",
         )
         self.view.show(self.session.status)
         return TrainResult(
