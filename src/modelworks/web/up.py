@@ -133,6 +133,8 @@ def begin_first_run(services: Services) -> str:
         return f"The run {spec.name} trains in the background"
     status = record.status()
     if status.active:
+        # By a server that was killed: this one takes it over, so that it ends with Ctrl-C as it would have there.
+        services.begun_runs.add(spec.name)
         return f"The run {spec.name} is being trained by process {status.pid}"
     if status.state == "finished" and status.released:
         return f"The run {spec.name} is finished"
