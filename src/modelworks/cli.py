@@ -107,6 +107,32 @@ def _plan(
 # --- train, runs ------------------------------------------------------------------------------------------------------
 
 
+@app.command("accuracy")
+def _accuracy(
+    runs: Annotated[Path, typer.Argument(metavar="RUNS.csv", help="Measured runs; docs/how-to/plan.md has the columns.")],
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Draw predicted against measured: .svg or .html.")
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Hold the planner's predictions against measured runs: errors per source, the worst runs and why.
+
+    Example: [bold]modelworks accuracy runs.csv --plot accuracy.html[/bold]
+    """
+    from modelworks.plan.accuracy import as_json as contract
+    from modelworks.plan.accuracy import predict_runs, read_runs, table
+    from modelworks.plan.scatter import write_scatter
+
+    rows = read_runs(runs)
+    results = _with_progress(lambda progress: predict_runs(rows, progress=lambda n, of: progress("predicting", n, of)))
+    if plot is not None:
+        write_scatter(results, plot)
+    if as_json:
+        print(json.dumps(contract(results), indent=1))
+    else:
+        console.print(table(results))
+
+
 @app.command("bench")
 def _bench(as_json: JsonFlag = False) -> None:
     """Measure this machine (matrix multiplication, memory) into a hardware file that planning reads. Takes 5 seconds.

@@ -166,7 +166,7 @@ class _Rows:
         self.layer_again = self._layers(_recomputed, *shares).reshape(-1)
         self.sends = _sends(setting, c, block.boundary_bytes[which], self.micro_batches)
         jitter = setting.calibration.jitter_per_doubling if setting.device.kind == "gpu" else 0.0
-        self.jitter = jitter * np.log2(np.maximum(c.devices, 1))
+        self.jitter = jitter * np.log2(np.maximum(c.devices / setting.fabric.node_devices, 1.0))
         self.kept = kept_bytes(setting, c, stages, micro_batches)
         self.divides = fits_model(model, setting.seq_len, batch, c)
         self.tokens = batch.astype(np.float64) * setting.seq_len
@@ -318,15 +318,16 @@ def _exposed(
         once = reduced + gathered - hidden + (slow - 1.0) * hidden
     else:
         once = reduced + gathered
-    # Sharded weights: layer by layer, in every micro batch.
+    # Sharded weights: layer by layer, in every micro batch; a pipeline's stages keep them through the step.
+    rounds = np.where(c.pipeline > 1, 1.0, m)
     forward_gap = gathered / layers - layer_forward
     backward_gap = (gathered + reduced) / layers - layer_backward
     moved = 2.0 * gathered + reduced
     if software.data_overlap:
         exposed = layers * (np.maximum(forward_gap, 0.0) + np.maximum(backward_gap, 0.0)) + moved / layers
-        always = m * (exposed + (slow - 1.0) * np.maximum(0.0, moved - exposed))
+        always = rounds * (exposed + (slow - 1.0) * np.maximum(0.0, moved - exposed))
     else:
-        always = m * moved
+        always = rounds * moved
     return np.where(c.zero_stage == 3, always, once) + states.tied.take(of_state)
 
 

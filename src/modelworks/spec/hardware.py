@@ -29,6 +29,8 @@ class DeviceSpec(Section):
     memory_bandwidth_bytes: ByteRate
     scale_up_bandwidth_bytes: ByteRate | None = None
     """NVLink bandwidth in one direction, bytes/s."""
+    flash_2_slowdown: Annotated[float, Field(ge=1)] = 1.0
+    """Time of FlashAttention-2 over that of the fastest fused attention on this device."""
     power_w: PositiveFloat
     """Thermal design power."""
     price_usd: PositiveFloat | None = None
