@@ -50,6 +50,8 @@ class Space:
     memory_limit: float
     uneven: bool = True
     """Whether virtual stages may leave the first and the last stage short of more than a layer."""
+    partial: tuple[int, ...] = (1, 2, 3)
+    """Kinds of recomputation that may apply to a share of the layers."""
     accepted: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
     def holds(self, devices: int) -> bool:
@@ -410,12 +412,14 @@ def _last_choices(space: Space) -> tuple[dict[str, IntArray], FloatArray]:
     recompute = [
         (kind, share)
         for kind, share in _RECOMPUTE_OPTIONS
-        if kind in accepted.get("recompute", (kind,)) and share in accepted.get("recompute_share", (share,))
+        if kind in accepted.get("recompute", (kind,))
+        and share in accepted.get("recompute_share", (share,))
+        and (share == 1.0 or kind in space.partial or "recompute_share" in accepted)
     ]
     if not recompute:
         # A share that is none of the usual ones.
         recompute = [(kind, share) for kind in accepted.get("recompute", (3,)) for share in accepted["recompute_share"]]
-    stages = [stage for stage in (1, 0, 2, 3) if stage in accepted.get("zero_stage", (stage,))]
+    stages = accepted.get("zero_stage", (1, 0, 2, 3))
     sharding = [(stage, kind) for stage in stages for kind in (range(len(_SHARDS)) if stage else (0,))]
     if "shards" in accepted:
         sharding = [(stage, 0) for stage in stages]
