@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from modelworks.plan.block import COMPONENTS, SHAPE, BlockTimes, LayerTimes, Setting, block_times
-from modelworks.plan.layout import PRECISIONS, BoolArray, FloatArray, IntArray, Layouts, distinct, fits_model
+from modelworks.plan.layout import PRECISIONS, BoolArray, FloatArray, IntArray, Layouts, distinct, fits_model, runs
 from modelworks.plan.memory import (
     StageParameters,
     choose,
@@ -94,13 +94,14 @@ def evaluate(
 
     Three levels keep the work for a candidate small: layers depend on its shape (`block.SHAPE`); stages on that and
     the pipeline (`_ROW`); exchanges over replicas and the model's state on how it is sharded (`_STATE`). Each level is
-    worked out once for each different combination, and a candidate gathers its own.
+    worked out once for neighbours that share it (layers for all), and a candidate gathers its own: the order of a search,
+    in which neighbours differ in the last choices, is the fast one, and any order is right.
     """
     model, c = setting.model, candidates
     blocks = blocks or known_blocks(setting, c)
     batch = np.broadcast_to(np.asarray(global_batch, dtype=np.int64), (len(c),))
-    first_row, of_row = distinct(c, _ROW, batch)
-    first_state, of_state = distinct(c, _STATE)
+    first_row, of_row = runs(c, _ROW, batch)
+    first_state, of_state = runs(c, _STATE)
     rows = _Rows(setting, c.take(first_row), batch[first_row], blocks.times, blocks.which[first_row])
     states = _States(setting, c.take(first_state))
 

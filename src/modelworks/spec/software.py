@@ -69,6 +69,12 @@ class SoftwareSpec(Section):
     """Whether it splits sequences beside tensor parallelism if the run doesn't say."""
     capacity_factor: PositiveFloat | None = None
     """Experts' slots over tokens sent to them on average; unset drops nothing and pads nothing."""
+    zero_stages: list[Literal[0, 1, 2, 3]] = [0, 1, 2, 3]
+    """What it can shard, in the tried order of a plan."""
+    schedules: list[Literal["1f1b", "interleaved", "zero-bubble"]] = ["1f1b", "interleaved", "zero-bubble"]
+    recomputes: list[Literal["none", "selective", "projections", "full"]] = ["none", "selective", "projections", "full"]
+    partial_recomputes: list[Literal["selective", "projections", "full"]] = ["selective", "projections", "full"]
+    """Those that it can do in a share of the layers."""
 
 
 class CalibrationSpec(Section):
