@@ -128,3 +128,18 @@ def _three(value: float) -> str:
     if value >= 99.95:
         return f"{value:,.0f}"
     return f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
+
+
+def layout_sentence(layout: Mapping[str, Any]) -> str:
+    """A layout for those who don't know the short form."""
+    ranks = layout["tensor"] * layout["pipeline"] * layout["context"]
+    ways = [f"{layout[name]}-way {name}" for name in ("tensor", "pipeline", "context") if layout[name] > 1]
+    if ranks == 1:
+        text = "Each device holds the whole model"
+    else:
+        text = f"Each copy of the model is spread over {ranks:,} devices ({', '.join(ways)} parallel)"
+    if layout["expert"] > 1:
+        text += f", its experts over {layout['expert'] * layout['expert_tensor']:,}"
+    copies = "one copy works" if layout["data"] == 1 else f"{layout['data']:,} copies work side by side"
+    batch = "1 sequence" if layout["micro_batch"] == 1 else f"{layout['micro_batch']} sequences"
+    return f"{text}; {copies}, {batch} at a time."
