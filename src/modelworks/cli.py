@@ -69,28 +69,39 @@ def _spec_show(
 
 @app.command("plan")
 def _plan(
-    file: Annotated[Path, typer.Argument(metavar="RUN.toml", help="The run spec.")],
+    file: Annotated[Path | None, typer.Argument(metavar="RUN.toml", help="A run spec; or give --model.")] = None,
+    model: Annotated[str | None, typer.Option(help="A catalog entry, or a Hugging Face config.json.")] = None,
+    cluster: Annotated[str | None, typer.Option(help="A catalog entry, or a cluster file.")] = None,
+    gpus: Annotated[int | None, typer.Option(help="Devices; all of the cluster without it.")] = None,
+    tokens: Annotated[str | None, typer.Option(help="To train on, such as 2T; 20 for each active parameter.")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens of a sequence.")] = None,
+    global_batch: Annotated[int | None, typer.Option(help="Sequences of an optimizer step.")] = None,
+    software: Annotated[str | None, typer.Option(help="The framework: megatron-core, torchtitan, maxtext ...")] = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a field, such as train.seq_len=256."),
+        typer.Option("--set", metavar="KEY=VALUE", help="Set any field, such as parallel.tensor=4."),
     ] = None,
+    search: Annotated[bool, typer.Option("--search", help="Also try other precisions, and fewer devices.")] = False,
+    top: Annotated[int, typer.Option(min=0, max=100, help="How many other layouts to show.")] = 5,
     as_json: JsonFlag = False,
 ) -> None:
-    """Predict what a run takes on one device: step time, throughput, MFU and memory, by calculation.
+    """Find the best layout of a run on a cluster, and what it takes: time, memory, MFU, energy, money; and why.
 
-    Example: [bold]modelworks plan examples/grok-tiny.toml[/bold]
+    Example: [bold]modelworks plan --model grok-1 --cluster colossus-100k --gpus 1024 --tokens 2T[/bold]
     """
-    from modelworks.plan import predict
+    from modelworks.plan.planner import plan
     from modelworks.plan.report import page
-    from modelworks.spec.files import device_spec, load_run
+    from modelworks.plan_command import run_of
 
-    run = load_run(file, overrides or [])
-    device = device_spec(run.cluster.device)
-    prediction = predict(run, device)
+    run = run_of(
+        file, overrides or [], model=model, cluster=cluster, gpus=gpus, tokens=tokens, seq_len=seq_len,
+        global_batch=global_batch, software=software,
+    )  # fmt: skip
+    made = plan(run, wide=search, top=top)
     if as_json:
-        print(json.dumps({"name": run.name, "device": device.name} | prediction.as_dict(), indent=1))
+        print(json.dumps(made.as_dict(), indent=1))
     else:
-        console.print(page(run, device, prediction))
+        console.print(page(made))
 
 
 # --- train, runs ------------------------------------------------------------------------------------------------------

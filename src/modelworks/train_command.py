@@ -131,10 +131,10 @@ def refuse_engine(on: str, processes: int) -> None:
 
 def _write_plan(folder: Path, spec: RunSpec) -> None:
     """Predict the run before it begins, for `runs compare`; a run that can't be predicted is trained all the same."""
-    from modelworks.plan.step import predict
+    from modelworks.plan.planner import plan
 
     try:
-        prediction = predict(spec, device_spec("local"))
+        prediction = plan(spec, device=device_spec("local"))
     except InputError as error:
         logger.warning("this run cannot be planned: %s", error)
         return

@@ -50,7 +50,7 @@ def test_no_source_is_stated_for_a_field_that_is_not_there(found: Entry) -> None
     assert [field for field in found.provenance.fields if not has(found.values, field)] == []
 
 
-@pytest.mark.parametrize("kind", get_args(Kind))
+@pytest.mark.parametrize("kind", ["models", "hardware", "clusters"])
 def test_every_entry_of_the_catalog_is_a_whole_spec(kind: Kind) -> None:
     read = {"models": model_spec, "hardware": device_spec, "clusters": cluster_spec}
     for name in names(kind):

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 
@@ -21,7 +21,7 @@ def command(*words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("kind", get_args(Kind))
+@pytest.mark.parametrize("kind", ["models", "hardware", "clusters"])
 def test_every_field_that_a_catalog_file_states_is_shown_with_that_files_source(kind: Kind) -> None:
     for name in names(kind):
         found, shown = entry(kind, name), sourced(f"{kind}/{name}")

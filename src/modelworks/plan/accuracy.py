@@ -356,7 +356,7 @@ def _model(row: Mapping[str, str], software: SoftwareSpec, filled: list[str]) ->
 
 def _cluster(row: Mapping[str, str], device: DeviceSpec, count: int, filled: list[str]) -> ClusterSpec:
     """Nodes as the row says; a network as it says or as such devices usually have."""
-    per_node = min(_whole(row, "gpus_per_node", 8), count)
+    per_node = _whole(row, "gpus_per_node", 8)
     gbps = _number(row, "inter_node_gbps")
     domain = 72 if device.name.startswith("gb200") else per_node
     usual = cluster_spec("h100-superpod").network
@@ -376,7 +376,7 @@ def _cluster(row: Mapping[str, str], device: DeviceSpec, count: int, filled: lis
     )
     return ClusterSpec(
         name="measured", device=device.name, gpus=count, gpus_per_node=per_node, scale_up_domain=domain,
-        network=network if count > min(per_node, domain) else None,
+        network=network if count > per_node else None,
     )  # fmt: skip
 
 
@@ -398,8 +398,8 @@ def _recompute(row: Mapping[str, str], software: SoftwareSpec, filled: list[str]
     """The kind of recomputation and the share of the layers it applies to."""
     given = row.get("recompute", "").lower()
     if not given:
-        filled.append("recompute = none")
-        return "none", 1.0
+        filled.append(f"recompute = {software.recompute}")
+        return software.recompute, 1.0
     if given.startswith("none"):
         return "none", 1.0
     if given.startswith("full"):

@@ -43,10 +43,10 @@ class Setting:
     software: SoftwareSpec
     calibration: CalibrationSpec
 
-    @property
-    def sustained(self) -> float:
+    def sustained(self, precision: str) -> float:
         """The share of a short measurement's rate that matrix products keep up."""
-        return self.calibration.sustained.get(self.device.name, self.calibration.sustained_default)
+        known = self.calibration.sustained.get(self.device.name, {})
+        return known.get("bf16" if precision == "fp16" else precision, self.calibration.sustained_default)
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,9 @@ class Pass:
     def __add__(self, other: Pass) -> Pass:
         return Pass(self.times + other.times, self.launches + other.launches)
 
-    def settled(self, launch_s: float) -> FloatArray:
+    def settled(self, launch_s: float, skew_s: FloatArray | float = 0.0) -> FloatArray:
         """Times with the host's: where launching takes longer than the kernels, the device waits for the rest."""
-        waiting = np.maximum(0.0, self.launches * launch_s - self.times.sum(axis=0))
+        waiting = np.maximum(0.0, self.launches * launch_s + skew_s - self.times.sum(axis=0))
         times = self.times.copy()
         times[_LAUNCH] += waiting
         return times
@@ -101,7 +101,8 @@ def block_times(setting: Setting, shapes: Layouts) -> BlockTimes:
     dense = work.layer(attention, work.dense_ffn()) if model.dense_layers else None
     experts = work.layer(attention, work.expert_ffn()) if model.moe is not None else None
     head_forward, head_backward = work.head()
-    sent = work.tokens * model.hidden * work.activation_bytes / work.sharded
+    # Each tensor-parallel rank sends its share, gathered again beyond (Narayanan et al. 2021, section 4.1).
+    sent = work.tokens * model.hidden * work.activation_bytes / work.tensor
     return BlockTimes(dense, experts, work.embedding(), head_forward, head_backward, sent)
 
 
@@ -149,18 +150,18 @@ class _Work:
 
     def product(self, m: FloatArray, n: FloatArray, k: FloatArray, low: bool = True) -> FloatArray:
         """Seconds of a matrix product (m, k) x (k, n); in fp8 only where `low` allows."""
-        return self._by_precision(lambda p: self.kernels.gemm(m, n, k, p), low) / self.setting.sustained
+        return self._by_precision(lambda p: self.kernels.gemm(m, n, k, p), low)
 
     def grouped(self, groups: FloatArray, m: FloatArray, n: FloatArray, k: FloatArray) -> FloatArray:
         if self.software.experts == "sequential":
             return groups * self.product(m, n, k)
-        return self._by_precision(lambda p: self.kernels.grouped_gemm(groups, m, n, k, p), True) / self.setting.sustained
+        return self._by_precision(lambda p: self.kernels.grouped_gemm(groups, m, n, k, p), True)
 
     def _by_precision(self, timed, low: bool) -> FloatArray:  # type: ignore[no-untyped-def]
         out = np.zeros(self.size)
         for code in np.unique(self.shapes.precision):
             name = PRECISIONS[code] if low or PRECISIONS[code] not in ("fp8", "fp4") else "bf16"
-            out = np.where(self.shapes.precision == code, timed(name), out)
+            out = np.where(self.shapes.precision == code, timed(name) / self.setting.sustained(name), out)
         return out
 
     def exchange(self, passes: int = 1) -> FloatArray:
@@ -200,16 +201,16 @@ class _Work:
             backward = backward + rows * 2 * e
         return self.stream(forward, kernels), self.stream(backward, kernels), kernels
 
-    def accumulation(self, weights: FloatArray) -> FloatArray:
+    def accumulation(self, weights: FloatArray, kind: str = "fused") -> FloatArray:
         """Adding a micro batch's weight gradients to their running sum, where the product doesn't do it."""
-        if self.software.gradient_accumulation == "fused":
+        if "unfused" not in (self.software.gradient_accumulation, kind):
             return np.zeros(self.size)
         return self.stream(weights * (2 + 2 * self.software.gradient_bytes), 2.0)
 
     def precision_casts(self, elements: FloatArray) -> FloatArray:
-        """Casting and transposing what fp8 products read: two bytes in, one out, twice."""
+        """Casting and transposing what fp8 products read: two bytes in, one out, and that once more."""
         eight = self.shapes.precision == PRECISIONS.index("fp8")
-        return np.where(eight, self.stream(elements * 4.0, 1.0), 0.0)
+        return np.where(eight, self.stream(elements * self.calibration.cast_bytes, 1.0), 0.0)
 
     # --- attention ----------------------------------------------------------------------------------------------------
 
@@ -236,6 +237,7 @@ class _Work:
         layout = self.stream(shuffled + 1.0, 3.0)
         tensor_forward, tensor_backward = self.tensor_times()
         casts = self.precision_casts(tokens * (model.hidden + q_width))
+        gradient_casts = self.precision_casts(tokens * sum(n for n, _ in products))
         count = self.software.kernels_per_layer
         core = self.of(2, attention=core_forward, memory=scores_forward)
         forward = core + self.of(
@@ -246,7 +248,7 @@ class _Work:
             count,
             matmul=data_gradient + weight_gradient,
             attention=core_backward,
-            memory=norm_backward + layout + casts + scores_backward + self.accumulation(weights),
+            memory=norm_backward + layout + gradient_casts + scores_backward + self.accumulation(weights),
             tensor=tensor_backward,
             context=2.0 * context,
         )
@@ -292,7 +294,7 @@ class _Work:
             whole = self._by_precision(
                 lambda p: self.kernels.attention(batch, seq, seq, heads, kv_heads, dim, True, p), False
             )
-            forward = whole / context / self.setting.sustained
+            forward = whole / context
             return forward, forward * self.calibration.attention_backward, zero, zero
         scores = batch * heads * seq_len * (seq_len / context)
         rows = np.full(self.size, float(seq_len))
@@ -344,6 +346,7 @@ class _Work:
         norm_forward, norm_backward, norm_kernels = self.norms(1 + (model.norm_placement == "sandwich"))
         tensor_forward, tensor_backward = self.tensor_times()
         casts = self.precision_casts(tokens * (hidden + width))
+        gradient_casts = self.precision_casts(tokens * (hidden + inner))
         count = self.software.kernels_per_layer
         forward = self.of(
             count / 2, matmul=up + down, memory=norm_forward + gate + casts, tensor=tensor_forward
@@ -351,7 +354,7 @@ class _Work:
         backward = self.of(
             count,
             matmul=data_gradient + weight_gradient,
-            memory=norm_backward + gate_backward + casts + self.accumulation(hidden * (inner + width)),
+            memory=norm_backward + gate_backward + gradient_casts + self.accumulation(hidden * (inner + width)),
             tensor=tensor_backward,
         )
         projections = self.of(norm_kernels + 2, matmul=up, memory=norm_forward + gate)
@@ -386,6 +389,7 @@ class _Work:
         gate = self.stream(rows * (inner + width) * e, 1.0)
         gate_backward = self.stream(rows * (2 * inner + width) * e, 1.0)
         casts = self.precision_casts(rows * (hidden + width))
+        gradient_casts = self.precision_casts(rows * (hidden + inner))
         norm_forward, norm_backward, norm_kernels = self.norms(1 + (model.norm_placement == "sandwich"))
         # Each way, each rank sends the rows of its own tokens; with tensor parallelism inside experts its group has
         # gathered them first and reduces them afterwards.
@@ -405,6 +409,7 @@ class _Work:
             memory=norm_forward + shuffled + gate + casts,
             expert=expert_exchange,
             tensor=inside,
+            launch=self.software.expert_host_s,
         )
         backward = self.of(
             2 * launches,
@@ -412,10 +417,13 @@ class _Work:
             memory=norm_backward
             + shuffled
             + gate_backward
-            + casts
-            + self.accumulation(local_experts * hidden * (inner + width)),
+            + gradient_casts
+            + self.accumulation(
+                local_experts * hidden * (inner + width), self.software.expert_gradient_accumulation
+            ),
             expert=expert_exchange,
             tensor=inside,
+            launch=self.software.expert_host_s,
         )
         projections = self.of(
             launches, matmul=up, memory=norm_forward + shuffled / 2 + gate, expert=expert_exchange / 2
@@ -455,15 +463,17 @@ class _Work:
 
     def layer(self, attention: _Half, ffn: _Half) -> LayerTimes:
         launch = self.software.launch_s
+        # Hosts that launch as fast as they can meet at each exchange of the tensor-parallel ranks, two a pass.
+        skew = np.where(2 * self.tensor > self.fabric.node_devices, 2.0 * self.software.socket_skew_s, 0.0)
         forward, backward = attention.forward + ffn.forward, attention.backward + ffn.backward
         selective = attention.selective + ffn.selective
         projections = attention.projections + ffn.projections
-        plain = backward.settled(launch)
+        plain = backward.settled(launch, skew)
         recompute = [np.zeros_like(plain)]
-        for again in (selective, projections, forward):
-            recompute.append((backward + again).settled(launch) - plain)
+        for again, exchanges in ((selective, 0.0), (projections, 0.0), (forward, skew)):
+            recompute.append((backward + again).settled(launch, skew + exchanges) - plain)
         return LayerTimes(
-            forward.settled(launch), plain, tuple(recompute), attention.weight_gradient + ffn.weight_gradient
+            forward.settled(launch, skew), plain, tuple(recompute), attention.weight_gradient + ffn.weight_gradient
         )
 
     def embedding(self) -> FloatArray:

@@ -65,9 +65,7 @@ class Surface:
         found: list[tuple[NDArray[np.intp], NDArray[np.float64]]] = []
         for first, step, size, argument in zip(self.first, self.step, self.shape, arguments, strict=True):
             if size == 1:
-                found = [(node, weight) for node, weight in found] or [
-                    (np.zeros(argument.shape, dtype=np.intp), np.ones(argument.shape))
-                ]
+                found = found or [(np.zeros(argument.shape, dtype=np.intp), np.ones(argument.shape))]
                 continue
             place = np.clip((np.log2(argument) - first) / step, 0.0, size - 1.0)
             lower = np.minimum(place.astype(np.intp), size - 2)
@@ -123,7 +121,7 @@ class Kernels:
     products: dict[str, Surface]
     """Dense products over (m, n, k), by precision."""
     grouping: Surface
-    """What a grouped product keeps of the dense one's efficiency, over (rows per group, groups)."""
+    """What a grouped product keeps of the dense one's efficiency, over (rows per group, the narrower of n and k)."""
     fused_attention: Surface
     """Over (head dimension, queries of all heads, mean length seen x 2)."""
     latent_attention: Surface | None
@@ -158,7 +156,7 @@ class Kernels:
         groups, m, n, k = _positive(groups=groups, m=m, n=n, k=k)
         reference = self._product_roofline(groups, m, n, k, precision) + self.launch_s
         dense = self._product_surface(precision).at(groups * m, n, k)
-        return np.asarray(reference / (dense * self.grouping.at(m, groups)))
+        return np.asarray(reference / (dense * self.grouping.at(m, np.minimum(n, k))))
 
     def attention(
         self,
@@ -242,9 +240,7 @@ class Kernels:
         moved = groups * (_INPUT_BYTES[precision] * (m * k + n * k) + _OUTPUT_BYTES.get(precision, 2.0) * m * n)
         return self._roofline(groups * 2.0 * m * n * k, moved, precision)
 
-    def _roofline(
-        self, flop: NDArray[np.float64], moved: NDArray[np.float64], precision: str
-    ) -> NDArray[np.float64]:
+    def _roofline(self, flop: NDArray[np.float64], moved: NDArray[np.float64], precision: str) -> NDArray[np.float64]:
         peaks: dict[str, float] = {str(name): rate for name, rate in self.device.peak_flops.items()}
         name = "fp8" if precision == "fp8_block" else precision
         if name not in peaks:

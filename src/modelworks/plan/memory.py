@@ -99,15 +99,22 @@ def dense_layers_of(model: ModelSpec, candidates: Layouts, stage: str, layers: I
 
 def memory_bytes(setting: Setting, candidates: Layouts, stages: Stages, micro_batches: IntArray) -> FloatArray:
     """Bytes on a device of the stage that needs most, by component of `MEMORY`, shape (K, N)."""
-    first, middle, last = (
-        _stage_memory(setting, candidates, parameters, kind, micro_batches)
-        for kind, parameters in zip(
-            ("first", "middle", "last"), stage_parameters(setting.model, candidates, stages), strict=True
-        )
-    )
+    first, middle, last = stages_memory(setting, candidates, stages, micro_batches).values()
     totals = np.stack([first.sum(axis=0), middle.sum(axis=0), last.sum(axis=0)])
     largest = np.argmax(totals, axis=0)
     return np.where(largest == 0, first, np.where(largest == 1, middle, last))
+
+
+def stages_memory(
+    setting: Setting, candidates: Layouts, stages: Stages, micro_batches: IntArray
+) -> dict[str, FloatArray]:
+    """Bytes on a device of the first, a middle and the last stage, by component of `MEMORY`, each of shape (K, N)."""
+    return {
+        kind: _stage_memory(setting, candidates, parameters, kind, micro_batches)
+        for kind, parameters in zip(
+            ("first", "middle", "last"), stage_parameters(setting.model, candidates, stages), strict=True
+        )
+    }
 
 
 def _stage_memory(

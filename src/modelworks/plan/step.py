@@ -167,12 +167,14 @@ class _Stages:
 def _sends(setting: Setting, c: Layouts, sent_bytes: FloatArray, m: FloatArray) -> FloatArray:
     """Exposed time of activations and their gradients between stages.
 
-    Overlapped, only the hops of the first micro batch's way in and the last one's way out stand in the critical path.
+    Overlapped, the hops of the first micro batch's way in and the last one's way out stand in the critical path, and of
+    the others what the calibration found (the transfers take cores and memory bandwidth from the computation).
     """
     stride = c.tensor * c.context * c.data
     each = setting.fabric.send(sent_bytes, stride)
     hops = 2.0 * (c.pipeline - 1)
-    steady = 0.0 if setting.software.pipeline_overlap else 2.0 * m * c.virtual_stages
+    exposed = setting.calibration.pipeline_exposure if setting.software.pipeline_overlap else 1.0
+    steady = exposed * 2.0 * m * c.virtual_stages
     return np.where(c.pipeline > 1, (hops + steady) * each, 0.0)
 
 
@@ -219,8 +221,10 @@ def _data_parallel(
     layer_forward, layer_backward = times.layer_times()
     slow = 1.0 + setting.calibration.overlap_slowdown
     if software.data_overlap:
-        hidden_reduced = np.minimum(reduced * (1.0 - 1.0 / layers), layer_backward * layers)
-        hidden_gathered = np.minimum(gathered * (1.0 - 1.0 / layers), layer_forward * layers)
+        # Interleaved, a chunk's gradients are ready while p micro batches go through each of the chunks before it.
+        window = np.where(c.virtual_stages > 1, c.pipeline, 1) * layers
+        hidden_reduced = np.minimum(reduced * (1.0 - 1.0 / layers), layer_backward * window)
+        hidden_gathered = np.minimum(gathered * (1.0 - 1.0 / layers), layer_forward * window)
         hidden = hidden_reduced + hidden_gathered
         once = reduced + gathered - hidden + (slow - 1.0) * hidden
     else:

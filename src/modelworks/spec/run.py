@@ -115,19 +115,27 @@ class TrainSpec(Section):
 
 
 class ParallelSpec(Section):
-    """Degrees of parallelism; `auto` is the planner's best (1 on one process)."""
+    """How a run is laid out; `auto` is the planner's best, and on one process 1 of everything."""
 
     data: Degree = "auto"
-    tensor: Degree = 1
-    pipeline: Degree = 1
-    context: Degree = 1
-    expert: Degree = 1
-    expert_tensor: Degree = 1
-    virtual_stages: PositiveInt = 1
-    schedule: Literal["1f1b", "interleaved", "zero-bubble"] = "1f1b"
-    zero_stage: Literal[0, 1, 2, 3] = 1
-    sequence_parallel: bool = True
-    recompute: Literal["none", "selective", "full"] = "none"
+    shard: Degree = "auto"
+    """How many data-parallel ranks ZeRO splits state over, repeated over the others (HSDP); `auto` is all of them."""
+    tensor: Degree = "auto"
+    pipeline: Degree = "auto"
+    context: Degree = "auto"
+    expert: Degree = "auto"
+    expert_tensor: Degree = "auto"
+    """Tensor parallelism inside an expert."""
+    virtual_stages: Degree = "auto"
+    """Chunks of layers that each pipeline stage holds (Narayanan et al. 2021, section 2.2)."""
+    schedule: Literal["auto", "1f1b", "interleaved", "zero-bubble"] = "auto"
+    zero_stage: Literal[0, 1, 2, 3, "auto"] = "auto"
+    """0: replicated; 1: optimizer state sharded; 2: gradients too; 3: parameters too (FSDP)."""
+    sequence_parallel: bool | Literal["auto"] = "auto"
+    recompute: Literal["auto", "none", "selective", "projections", "full"] = "auto"
+    """What the backward pass computes again: nothing, the attention's core, all but the attention's projections, all."""
+    recompute_share: Fraction | Literal["auto"] = "auto"
+    """Share of the layers that `recompute` applies to."""
 
 
 class CheckpointSpec(Section):
@@ -157,6 +165,9 @@ class RunSpec(Section):
     model: ModelSpec
     data: DataSpec = DataSpec()
     train: TrainSpec = TrainSpec()
+    software: str = "auto"
+    """The framework that trains: its catalog name, or the path of a TOML file; `auto` is this product's own on a CPU
+    and Megatron-Core elsewhere."""
     cluster: ClusterSpec = ClusterSpec(
         name="local", preset="local", device="local", gpus=1, gpus_per_node=1, scale_up_domain=1, pue=1.0
     )
@@ -171,8 +182,6 @@ class RunSpec(Section):
             raise ValueError(f"train.seq_len = {train.seq_len} is longer than model.context = {model.context}")
         for field, degree, what, size in (
             ("tensor", parallel.tensor, "model.heads", model.heads),
-            ("tensor", parallel.tensor, "model.kv_heads", model.kv_heads),
-            ("context", parallel.context, "train.seq_len", train.seq_len),
             ("expert", parallel.expert, "model.moe.experts", moe.experts if moe else None),
             ("expert_tensor", parallel.expert_tensor, "model.moe.expert_hidden", moe.expert_hidden if moe else None),
             ("data", parallel.data, "train.global_batch", train.global_batch),
@@ -183,14 +192,39 @@ class RunSpec(Section):
                 raise ValueError(f"parallel.{field} = {degree} needs {what}, and this model has none")
             if size % degree:
                 raise ValueError(f"parallel.{field} = {degree} doesn't divide {what} = {size}")
-        if parallel.pipeline != "auto" and parallel.pipeline * parallel.virtual_stages > model.layers:
+        tensor, context = parallel.tensor, parallel.context
+        if tensor != "auto" and model.latent_attention is None and model.kv_heads % tensor and tensor % model.kv_heads:
             raise ValueError(
-                f"parallel.pipeline = {parallel.pipeline} with virtual_stages = {parallel.virtual_stages} "
-                f"needs more layers than model.layers = {model.layers}"
+                f"parallel.tensor = {tensor} doesn't divide model.kv_heads = {model.kv_heads}, nor is a multiple of it"
             )
+        if context not in ("auto", 1) and train.seq_len % (2 * context):
+            raise ValueError(
+                f"parallel.context = {context} doesn't divide train.seq_len = {train.seq_len} into two parts for each "
+                "rank, which balance a causal mask"
+            )
+        self._fills_stages()
         self._fills_cluster()
         self._fills_global_batch()
         return self
+
+    def _fills_stages(self) -> None:
+        """Refuse a pipeline of more chunks than layers, and a schedule that its chunks don't go with."""
+        parallel, layers = self.parallel, self.model.layers
+        pipeline, virtual, schedule = parallel.pipeline, parallel.virtual_stages, parallel.schedule
+        chunks = (1 if pipeline == "auto" else pipeline) * (1 if virtual == "auto" else virtual)
+        if chunks > layers:
+            raise ValueError(
+                f"parallel.pipeline = {pipeline} with virtual_stages = {virtual} "
+                f"needs more layers than model.layers = {layers}"
+            )
+        if virtual not in ("auto", 1) and schedule not in ("auto", "interleaved"):
+            raise ValueError(
+                f"parallel.schedule = {schedule!r} takes virtual_stages = 1, not {virtual}: interleaved does"
+            )
+        if virtual == 1 and schedule == "interleaved":
+            raise ValueError("parallel.schedule = 'interleaved' needs virtual_stages of 2 or more, or 'auto'")
+        if virtual not in ("auto", 1) and pipeline == 1:
+            raise ValueError(f"parallel.virtual_stages = {virtual} needs a pipeline of 2 stages or more")
 
     def _fills_global_batch(self) -> None:
         """Refuse a micro batch that doesn't divide the sequences of one data-parallel rank."""

@@ -40,6 +40,9 @@ class SoftwareSpec(Section):
     """Kernels that a dense layer's forward pass launches; its backward pass launches twice as many."""
     launch_s: NonNegativeFloat = 0.0
     """Time of the host between two launches; 0 with CUDA graphs or a compiled step."""
+    socket_skew_s: NonNegativeFloat = 0.0
+    """What a tensor-parallel exchange waits for the slower host process where its ranks stand on both sockets of a
+    node and the host is what the device waits for."""
     step_host_s: NonNegativeFloat = 0.0
     """Time of the host once per step: data, optimizer launch, logging, loss scaling."""
     tensor_overlap_forward: Fraction = 0.0
@@ -50,9 +53,14 @@ class SoftwareSpec(Section):
     pipeline_overlap: bool = True
     """Whether activations travel between stages while the next micro batch computes."""
     expert_overlap: Fraction = 0.0
+    expert_gradient_accumulation: Literal["fused", "unfused"] = "fused"
+    expert_host_s: NonNegativeFloat = 0.0
+    """What the device waits for the host in each pass through a layer of experts, whose counts come to the host."""
     experts: Literal["grouped", "sequential"] = "grouped"
     zero_stage: Literal[0, 1, 2, 3] = 1
     """What it shards if the run doesn't say."""
+    recompute: Literal["none", "selective", "projections", "full"] = "none"
+    """What it computes again if the run doesn't say."""
     sequence_parallel: bool = True
     """Whether it splits sequences beside tensor parallelism if the run doesn't say."""
     capacity_factor: PositiveFloat | None = None
@@ -62,10 +70,10 @@ class SoftwareSpec(Section):
 class CalibrationSpec(Section):
     """The planner's global parameters; `catalog/calibration/*.toml` states how each was found."""
 
-    sustained: dict[str, Annotated[float, Field(gt=0, le=1)]]
-    """By device: the share of its rate in short measurements that matrix products keep up in training for hours,
-    where power and heat limit the clock."""
-    sustained_default: Annotated[float, Field(gt=0, le=1)]
+    sustained: dict[str, dict[str, Annotated[float, Field(gt=0, le=1.5)]]]
+    """By device and precision: the rate of matrix products in training over that in short measurements. Power and heat
+    limit the clock, and the libraries of a training run are not those of the measurement."""
+    sustained_default: Annotated[float, Field(gt=0, le=1.5)]
     attention_backward: PositiveFloat
     """Time of attention's backward kernel over its forward kernel's (2.5 by its operations)."""
     memory_efficiency: Annotated[float, Field(gt=0, le=1)]
@@ -74,8 +82,12 @@ class CalibrationSpec(Section):
     ethernet_efficiency: Annotated[float, Field(gt=0, le=1)]
     all_to_all_efficiency: Annotated[float, Field(gt=0, le=1)]
     """Of the ring's rate, in all-to-alls across the network."""
+    cast_bytes: PositiveFloat
+    """Memory traffic of an element that is cast to fp8 and transposed for the weights' gradients: 4 by counting."""
     overlap_slowdown: NonNegativeFloat
     """How much longer computation takes per second of communication that runs beside it, since both want the same
     cores and the same memory."""
+    pipeline_exposure: Fraction
+    """Share of the overlapped transfers between stages that lengthens the step all the same."""
     jitter_per_doubling: NonNegativeFloat
     """Share of a step that is lost to the slowest rank, for each doubling of the ranks that wait for each other."""

@@ -81,7 +81,7 @@ def refuse_unsupported(spec: RunSpec) -> None:
     for field in ("data", "tensor", "pipeline", "context", "expert", "expert_tensor"):
         if (degree := getattr(spec.parallel, field)) not in (1, "auto"):
             raise InputError(f"parallel.{field} = {degree} is not accepted: train runs on one process, which takes 1")
-    if spec.parallel.recompute != "none":
+    if spec.parallel.recompute not in ("none", "auto"):
         raise InputError(
             f"parallel.recompute = {spec.parallel.recompute!r} is not accepted: train keeps activations: none"
         )

@@ -1,0 +1,435 @@
+"""All layouts that a model, a batch and a number of devices allow, and the best of them.
+
+Two ideas. The space is grown choice by choice, and what cannot divide or cannot fit is dropped as soon as it shows, so
+no infeasible product is ever written down. And candidates are numbered: the first choices (degrees, micro batch,
+precision) make a table, each row of which is combined with the same short list of the last ones (recomputation, what
+is sharded and over how many ranks), so a block of any size is made from its numbers and forgotten after its
+evaluation. The space may then have many millions of candidates in little memory.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from modelworks.plan.block import Setting
+from modelworks.plan.layout import PRECISIONS, BoolArray, FloatArray, IntArray, Layouts
+from modelworks.plan.memory import MEMORY
+from modelworks.plan.step import REASONS, Evaluation, evaluate
+
+GROUP: tuple[str, ...] = ("tensor", "pipeline", "context", "expert", "expert_tensor")
+"""Layouts that differ in one of these are distinct; the others are settings of one layout."""
+_CHUNK = 16_384
+"""Candidates that are evaluated together: their arrays stay in the processor's cache."""
+_RECOMPUTE_OPTIONS = ((0, 1.0), *((kind, share) for kind in (1, 2, 3) for share in (1.0, 0.75, 0.5, 0.25)))
+"""Kind and share of the layers, simplest first."""
+WITHIN = 1.1
+"""Candidates up to so many times slower than the best (and over the memory) are kept, since a tenth more of a resource
+makes no step shorter than by that factor: a search among them is a search among all."""
+
+
+@dataclass(frozen=True)
+class Space:
+    """Which layouts are tried.
+
+    `accepted` names the values that a choice is restricted to, by its name in `Layouts`; what isn't named is free.
+    """
+
+    most_devices: int
+    least_devices: int
+    devices_per_node: int
+    domain: int
+    """Devices that share a scale-up domain: a place to end a group of shards."""
+    island: int
+    memory_limit: float
+    accepted: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+
+    def holds(self, devices: int) -> bool:
+        """Whether so many devices are there and fill whole nodes."""
+        whole = devices % self.devices_per_node == 0 or devices <= self.devices_per_node
+        return self.least_devices <= devices <= self.most_devices and whole
+
+    def without(self, name: str) -> Space:
+        """The same with one choice free."""
+        return Space(
+            **{f.name: getattr(self, f.name) for f in fields(self) if f.name != "accepted"},
+            accepted={key: values for key, values in self.accepted.items() if key != name},
+        )
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """A numbered space: `len()` candidates, made block by block."""
+
+    table: dict[str, IntArray]
+    """The first choices, by name; arrays of one length."""
+    last: dict[str, IntArray | FloatArray]
+    """The last choices, by name; `shards` as a position in `_SHARDS`."""
+    space: Space
+
+    def __len__(self) -> int:
+        return len(self.table["tensor"]) * len(self.last["recompute"])
+
+    def rows(self, block: slice, **last: int) -> Layouts:
+        """One candidate for each row of a block, with the last choices given: sharded over all replicas, recomputed
+        in all layers."""
+        made = {name: values[block] for name, values in self.table.items()}
+        made |= {name: np.full_like(made["tensor"], value) for name, value in last.items()}
+        made["recompute_share"] = np.ones(len(made["tensor"]))
+        made["shards"] = made["data"] * made["context"]
+        made["sequence_parallel"] = made["sequence_parallel"].astype(np.bool_)
+        return Layouts(**made)
+
+    def at(self, numbers: IntArray) -> Layouts:
+        """The candidates of those numbers."""
+        row, last = np.divmod(numbers, len(self.last["recompute"]))
+        made = {name: values[row] for name, values in self.table.items()}
+        made |= {name: values[last] for name, values in self.last.items()}
+        made["shards"] = _shards(made, self.space)
+        made["sequence_parallel"] = made["sequence_parallel"].astype(np.bool_)
+        return Layouts(**made)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search found."""
+
+    candidates: Candidates
+    distinct: Evaluation
+    """The best candidate of each distinct layout and number of devices that fits, fastest first."""
+    close: Layouts
+    """The candidates within `WITHIN` of the best time and of the memory."""
+    least_memory: Evaluation
+    """The candidate that needs least memory, where none fits; otherwise empty, as where there is no candidate."""
+    evaluated: int
+    """Full evaluations; what a bound ruled out before them is not counted."""
+    feasible: int
+    """How many of them fit the memory."""
+    seconds: float
+    """CPU time."""
+
+
+_SHARDS = ("all", "island", "domain")
+"""Over how many ranks state is sharded: all replicas, those of an island, those of a scale-up domain."""
+_WINDOW = 2048
+"""Rows whose bounds are looked at together."""
+_HOPELESS = 1.25
+"""Distinct layouts that are so many times slower than the best on as many devices are not followed up."""
+_DATA, _JITTER = REASONS.index("data"), REASONS.index("jitter")
+_BUFFERS = MEMORY.index("buffers")
+_BUFFER_SHARE = 1.05
+"""Buffers, and what is added in proportion to them."""
+
+
+def candidates(setting: Setting, global_batch: int, space: Space) -> Candidates:
+    """Number all layouts that divide the model, the batch and the devices."""
+    model, moe, seq_len, most = setting.model, setting.model.moe, setting.seq_len, space.most_devices
+    plain_ffn = model.dense_layers > 0 or moe is None
+    batches = _divisors(global_batch)
+    grow = _Grow(space)
+    grow.choose("tensor", lambda: [
+        t for t in _divisors(model.heads)
+        if t <= most and (model.kv_heads % t == 0 or t % model.kv_heads == 0) and not (plain_ffn and model.ffn_hidden % t)
+    ])  # fmt: skip
+    grow.choose("pipeline", lambda t: range(1, min(model.layers, most // t) + 1), "tensor")
+    grow.choose(
+        "context",
+        lambda t, p: [c for c in _divisors(seq_len) if t * p * c <= most and (c == 1 or seq_len % (2 * c) == 0)],
+        "tensor", "pipeline",
+    )  # fmt: skip
+    grow.choose(
+        "data",
+        lambda t, p, c: [d for d in batches if space.holds(t * p * c * d)],
+        "tensor", "pipeline", "context",
+    )  # fmt: skip
+    grow.choose("micro_batch", lambda d: _divisors(global_batch // d), "data")
+    grow.choose(
+        "sequence_parallel",
+        lambda t, c: [1, 0] if t > 1 and seq_len % (t * c) == 0 else [0] if t > 1 else [1],
+        "tensor", "context",
+    )  # fmt: skip
+    grow.keep(_least_activations(setting, global_batch, grow.table) <= space.memory_limit)
+    grow.choose(
+        "expert_tensor", lambda t: [n for n in _divisors(t) if moe and moe.expert_hidden % n == 0] or [1], "tensor"
+    )
+    grow.choose(
+        "expert",
+        lambda t, c, d, n: [e for e in _divisors(moe.experts) if t * c * d % (e * n) == 0] if moe else [1],
+        "tensor", "context", "data", "expert_tensor",
+    )  # fmt: skip
+    grow.choose(
+        "virtual_stages",
+        lambda p, d, b: _virtual_stages(model.layers, p, global_batch // (d * b)),
+        "pipeline", "data", "micro_batch",
+    )  # fmt: skip
+    grow.choose("schedule", lambda p, v: [1] if v > 1 else [0, 2] if p > 1 else [0], "pipeline", "virtual_stages")
+    grow.choose("precision", lambda: [i for i, name in enumerate(PRECISIONS) if name in setting.device.peak_flops])
+    return Candidates(grow.table, _last_choices(space), space)
+
+
+def search(setting: Setting, global_batch: int, space: Space) -> Found:
+    """Find the best layouts of a space.
+
+    Branch and bound: a row of the table takes at least the time without recomputation and exchanges over replicas,
+    and at least the memory with everything recomputed and sharded. Rows that cannot fit, and rows that can neither
+    better their own distinct layout nor come near the best of all, are not combined with the last choices.
+    """
+    begun = time.process_time()
+    every = candidates(setting, global_batch, space)
+    inner = len(every.last["recompute"])
+    time_bound, memory_bound, evaluated = _bounds(setting, global_batch, every)
+    order = np.flatnonzero(memory_bound <= space.memory_limit * WITHIN)
+    order = order[np.argsort(time_bound[order], kind="stable")]
+    best = _Best(every)
+    close: list[tuple[IntArray, FloatArray]] = []
+    feasible = 0
+    for start in range(0, len(order), _WINDOW):
+        rows = order[start : start + _WINDOW]
+        rows = rows[best.could_change(rows, time_bound[rows])]
+        for numbers in _numbers(rows, inner):
+            found = evaluate(setting, global_batch, every.at(numbers), space.memory_limit)
+            evaluated += len(numbers)
+            fitting = np.flatnonzero(found.fits)
+            feasible += len(fitting)
+            best.note(numbers[fitting], found.step_time_s[fitting])
+            near = found.step_time_s <= best.fastest * WITHIN
+            near &= found.memory_bytes <= space.memory_limit * WITHIN
+            close.append((numbers[near], found.step_time_s[near]))
+    near_numbers = [numbers[step <= best.fastest * WITHIN] for numbers, step in close]
+    smallest = np.zeros(0, dtype=np.int64)
+    if not feasible and len(every):
+        smallest = _least_memory(setting, global_batch, every, memory_bound, inner)
+    return Found(
+        candidates=every,
+        distinct=evaluate(setting, global_batch, every.at(best.numbers()), space.memory_limit),
+        close=every.at(np.concatenate([*near_numbers, np.zeros(0, dtype=np.int64)])),
+        least_memory=evaluate(setting, global_batch, every.at(smallest), space.memory_limit),
+        evaluated=evaluated,
+        feasible=feasible,
+        seconds=time.process_time() - begun,
+    )
+
+
+def evaluations(setting: Setting, global_batch: int, every: Candidates) -> Iterator[tuple[IntArray, Evaluation]]:
+    """All candidates' numbers and evaluations, block by block, none left out."""
+    for start in range(0, len(every), _CHUNK):
+        numbers = np.arange(start, min(start + _CHUNK, len(every)))
+        yield numbers, evaluate(setting, global_batch, every.at(numbers), every.space.memory_limit)
+
+
+def _bounds(setting: Setting, global_batch: int, every: Candidates) -> tuple[FloatArray, FloatArray, int]:
+    """For each row the least time and memory that any of its candidates has, and how many evaluations that took."""
+    rows = len(every.table["tensor"])
+    time_bound, memory_bound = np.empty(rows), np.empty(rows)
+    for start in range(0, rows, _CHUNK):
+        block = slice(start, start + _CHUNK)
+        quick = evaluate(setting, global_batch, every.rows(block, recompute=0, zero_stage=1), every.space.memory_limit)
+        jitter = quick.reasons[_JITTER] / np.maximum(quick.step_time_s - quick.reasons[_JITTER], 1e-300)
+        time_bound[block] = quick.step_time_s - quick.reasons[_DATA] * (1.0 + jitter)
+        small = evaluate(setting, global_batch, every.rows(block, recompute=3, zero_stage=3), every.space.memory_limit)
+        memory_bound[block] = small.memory_bytes - _BUFFER_SHARE * small.memory[_BUFFERS]
+    return time_bound, memory_bound, 2 * rows
+
+
+def _least_memory(
+    setting: Setting, global_batch: int, every: Candidates, memory_bound: FloatArray, inner: int
+) -> IntArray:
+    """The number of the candidate that needs least memory, among the rows that promise least."""
+    rows = np.argsort(memory_bound, kind="stable")[:_WINDOW]
+    least, number = np.inf, np.zeros(1, dtype=np.int64)
+    for numbers in _numbers(rows, inner):
+        memory = evaluate(setting, global_batch, every.at(numbers), every.space.memory_limit).memory_bytes
+        if memory.min() < least:
+            least, number = float(memory.min()), numbers[[int(np.argmin(memory))]]
+    return number
+
+
+def _numbers(rows: IntArray, inner: int) -> Iterator[IntArray]:
+    """The numbers of all candidates of those rows, in blocks."""
+    step = max(1, _CHUNK // max(1, inner))
+    for start in range(0, len(rows), step):
+        yield (rows[start : start + step, None] * inner + np.arange(inner)).reshape(-1)
+
+
+class _Best:
+    """The fastest candidate of each distinct layout so far."""
+
+    def __init__(self, every: Candidates) -> None:
+        self.inner = max(1, len(every.last["recompute"]))
+        self.group, self.size = _positions(every.table, (*GROUP, "data")), _devices(every.table)
+        self.time = np.full(self.group.max(initial=-1) + 1, np.inf)
+        self.number = np.zeros(len(self.time), dtype=np.int64)
+        self.of_size = np.full(self.size.max(initial=-1) + 1, np.inf)
+        self.fastest = np.inf
+
+    def could_change(self, rows: IntArray, bound: FloatArray) -> BoolArray:
+        """Which rows, by the bound of their times, could better their layout's best, or stand near the best of all."""
+        better = (bound < self.time[self.group[rows]]) & (bound <= _HOPELESS * self.of_size[self.size[rows]])
+        mask: BoolArray = better | (bound <= self.fastest * WITHIN)
+        return mask
+
+    def note(self, numbers: IntArray, times: FloatArray) -> None:
+        """Take in candidates that fit."""
+        if not len(numbers):
+            return
+        rows = numbers // self.inner
+        group = self.group[rows]
+        order = np.lexsort((numbers, times, group))
+        first = order[np.concatenate([[True], group[order][1:] != group[order][:-1]])]
+        first = first[times[first] < self.time[group[first]]]
+        self.time[group[first]], self.number[group[first]] = times[first], numbers[first]
+        np.minimum.at(self.of_size, self.size[rows[first]], times[first])
+        self.fastest = min(self.fastest, float(times.min()))
+
+    def numbers(self) -> IntArray:
+        """The best candidates' numbers, fastest first."""
+        order = np.argsort(self.time, kind="stable")
+        return self.number[order[np.isfinite(self.time[order])]]
+
+
+def pareto(*costs: FloatArray) -> BoolArray:
+    """Which points no other point beats: none is as good in all costs and better in one.
+
+    Parameters
+    ----------
+    costs
+        One array of shape (N,) for each thing that should be small.
+    """
+    points = np.stack(costs, axis=1)
+    order = np.lexsort(points.T[::-1])
+    front: list[int] = []
+    for index in order:
+        kept = points[front]
+        beaten = len(front) > 0 and bool(
+            np.any(np.all(kept <= points[index], axis=1) & np.any(kept < points[index], axis=1))
+        )
+        if not beaten:
+            front.append(int(index))
+    mask = np.zeros(len(points), dtype=np.bool_)
+    mask[front] = True
+    return mask
+
+
+class _Grow:
+    """A table of candidates that grows by one choice at a time."""
+
+    def __init__(self, space: Space) -> None:
+        self.table: dict[str, IntArray] = {}
+        self.rows = 1
+        self.accepted = space.accepted
+
+    def choose(self, name: str, options: Callable[..., Iterable[int]], *given: str) -> None:
+        """Combine each row with the accepted ones of the options that its choices in `given` leave."""
+        keys = [self.table[field] for field in given]
+        which = np.zeros(self.rows, dtype=np.int64)
+        for key in keys:
+            values, positions = np.unique(key, return_inverse=True)
+            which = np.unique(which * len(values) + positions, return_inverse=True)[1]
+        first = np.unique(which, return_index=True)[1]
+        accepted = self.accepted.get(name)
+        lists = []
+        for row in first.tolist():
+            found = options(*(int(key[row]) for key in keys))
+            lists.append([value for value in found if accepted is None or value in accepted])
+        counts = np.array([len(values) for values in lists], dtype=np.int64)
+        flat = np.array([value for values in lists for value in values], dtype=np.int64)
+        starts = np.cumsum(counts) - counts
+        times = counts[which]
+        row = np.repeat(np.arange(self.rows), times)
+        within = np.arange(len(row)) - np.repeat(np.cumsum(times) - times, times)
+        self.table = {field: values[row] for field, values in self.table.items()}
+        self.table[name] = flat[starts[which[row]] + within]
+        self.rows = len(row)
+
+    def keep(self, mask: BoolArray) -> None:
+        """Drop the rows where the mask is false."""
+        self.table = {field: values[mask] for field, values in self.table.items()}
+        self.rows = int(np.count_nonzero(mask))
+
+
+def _virtual_stages(layers: int, pipeline: int, micro_batches: int) -> list[int]:
+    """How many chunks a stage may have: rounds of micro batches full, and all layers dealt.
+
+    Where equal chunks are short of all layers, the first and the last stage give what is short.
+    """
+    if pipeline == 1:
+        return [1]
+    found = []
+    for v in range(1, layers // pipeline + 1):
+        middle = -(-layers // (pipeline * v)) * v
+        short = pipeline * middle - layers
+        if short - short // 2 <= middle - 1 and (v == 1 or micro_batches % pipeline == 0):
+            found.append(v)
+    return found
+
+
+def _last_choices(space: Space) -> dict[str, IntArray | FloatArray]:
+    accepted = space.accepted
+    recompute = [
+        (kind, share)
+        for kind, share in _RECOMPUTE_OPTIONS
+        if kind in accepted.get("recompute", (kind,)) and share in accepted.get("recompute_share", (share,))
+    ]
+    if not recompute:
+        # A share that is none of the usual ones.
+        recompute = [(kind, share) for kind in accepted.get("recompute", (3,)) for share in accepted["recompute_share"]]
+    stages = [stage for stage in (1, 0, 2, 3) if stage in accepted.get("zero_stage", (stage,))]
+    sharding = [(stage, kind) for stage in stages for kind in (range(len(_SHARDS)) if stage else (0,))]
+    if "shards" in accepted:
+        sharding = [(stage, 0) for stage in stages]
+    pairs = [(*again, *shards) for again in recompute for shards in sharding]
+    columns = np.array(pairs, dtype=np.float64).reshape(len(pairs), 4).T
+    return {
+        "recompute": columns[0].astype(np.int64),
+        "recompute_share": columns[1].copy(),
+        "zero_stage": columns[2].astype(np.int64),
+        "shards": columns[3].astype(np.int64),
+    }
+
+
+def _shards(made: Mapping[str, IntArray], space: Space) -> IntArray:
+    """How many ranks share one copy: all replicas, or the largest part of them that a place in the network holds."""
+    replicas = made["data"] * made["context"]
+    if "shards" in space.accepted:
+        wanted = np.minimum(made["data"], int(space.accepted["shards"][0]))
+        return np.where(made["zero_stage"] == 0, replicas, made["context"] * np.gcd(wanted, made["data"]))
+    place = np.where(made["shards"] == 1, space.island, space.domain) // np.maximum(1, made["tensor"] * made["context"])
+    part = np.gcd(np.maximum(place, 1), made["data"]) * made["context"]
+    return np.where(made["shards"] == 0, replicas, part)
+
+
+def _positions(table: Mapping[str, IntArray], names: Iterable[str]) -> IntArray:
+    """For each row the position of its values among the different ones."""
+    key = np.zeros(len(table["tensor"]), dtype=np.int64)
+    for name in names:
+        values, positions = np.unique(table[name], return_inverse=True)
+        key = np.unique(key * max(1, len(values)) + positions, return_inverse=True)[1]
+    return key
+
+
+def _devices(table: Mapping[str, IntArray]) -> IntArray:
+    """For each row the position of its number of devices among the different ones."""
+    devices = table["tensor"] * table["pipeline"] * table["context"] * table["data"]
+    return _positions({"tensor": devices}, ["tensor"])
+
+
+@cache
+def _divisors(number: int) -> tuple[int, ...]:
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return tuple(sorted({*small, *(number // d for d in small)}))
+
+
+def _least_activations(setting: Setting, global_batch: int, table: Mapping[str, IntArray]) -> FloatArray:
+    """Bytes that the first stage holds at least: each of its layers' inputs for the micro batches under way."""
+    model = setting.model
+    tokens = table["micro_batch"] * setting.seq_len / table["context"]
+    sharded = np.where(table["sequence_parallel"] == 1, table["tensor"], 1)
+    under_way = np.minimum(table["pipeline"], global_batch // (table["data"] * table["micro_batch"]))
+    stage = np.maximum(1, model.layers // table["pipeline"] - 1)
+    return tokens * model.hidden * 2.0 / sharded * under_way * stage

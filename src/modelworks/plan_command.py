@@ -1,0 +1,108 @@
+"""What `modelworks plan` does: a run spec from a file or from words, and the plan, budget or comparison asked for.
+
+It sits beside the command line since it puts rooms together; what is calculated is `plan/`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from modelworks.spec.errors import InputError
+from modelworks.spec.files import cluster_spec, load_run, loads_run, model_spec
+from modelworks.spec.model import ModelSpec
+from modelworks.spec.run import RunSpec
+
+DEFAULT_CLUSTER = "h100-superpod"
+_LONGEST_DEFAULT = 8192
+_BATCH_TOKENS = 4_194_304
+"""Tokens of a default step: what GPT-3 and Llama ended with (3.2 to 4 million); more devices take more."""
+_DEVICES_PER_SEQUENCE = 8
+"""A default step has at least one sequence for so many devices: 16,384 devices and 2,048 sequences, as Llama 3
+(arXiv:2407.21783, table 4)."""
+_TOKENS_PER_PARAMETER = 20
+"""Hoffmann et al. 2022, table 3, for the parameters that a token passes through."""
+MOST_DEVICES = 1_000_000
+"""Beyond what any site has."""
+
+
+def run_of(
+    file: Path | None,
+    overrides: Iterable[str],
+    *,
+    model: str | None = None,
+    cluster: str | None = None,
+    gpus: int | None = None,
+    tokens: str | None = None,
+    seq_len: int | None = None,
+    global_batch: int | None = None,
+    software: str | None = None,
+) -> RunSpec:
+    """The run that the words of a command describe: a file with changes, or a model on a cluster.
+
+    Raises
+    ------
+    InputError
+        If neither a file nor a model is given, or what is given can't be used.
+    """
+    for name, value in (("--gpus", gpus), ("--seq-len", seq_len), ("--global-batch", global_batch)):
+        if value is not None and value < 1:
+            raise InputError(f"{name} {value} is not accepted: a whole number of 1 or more is")
+    if gpus is not None and gpus > MOST_DEVICES:
+        raise InputError(f"--gpus {gpus} is not accepted: at most {MOST_DEVICES:,} are")
+    changes = list(overrides)
+    if file is not None:
+        for name, value in (
+            ("model", model), ("cluster.preset", cluster), ("cluster.gpus", gpus), ("train.tokens", tokens),
+            ("train.seq_len", seq_len), ("train.global_batch", global_batch), ("software", software),
+        ):  # fmt: skip
+            if value is not None:
+                changes.append(f"{name}={value}")
+        return load_run(file, changes)
+    if model is None:
+        raise InputError("nothing to plan: give a run spec (RUN.toml) or a model (--model grok-1)")
+    described = describe(model, cluster or DEFAULT_CLUSTER, gpus, tokens, seq_len, global_batch)
+    if software is not None:
+        described["software"] = software
+    return loads_run(tomli_w.dumps(described), changes, where="command line", folder=Path.cwd())
+
+
+def describe(
+    model: str, cluster: str, gpus: int | None, tokens: str | None, seq_len: int | None, global_batch: int | None
+) -> dict[str, Any]:
+    """A run spec's values for a model on a cluster, with usual ones where none are given.
+
+    Sequences as long as the model's context, up to 8,192 tokens; steps of 4 million tokens, and of at least one
+    sequence for 8 devices; 20 tokens for each parameter that a token passes through.
+    """
+    network: ModelSpec = model_spec(model)
+    machines = cluster_spec(cluster, gpus)
+    length = seq_len or min(network.context, _LONGEST_DEFAULT)
+    batch = global_batch or _default_batch(length, machines.gpus)
+    chosen = {"hf": str(Path(model).expanduser().absolute())} if model.endswith(".json") else {"preset": model}
+    if model.endswith(".toml"):
+        chosen = {"preset": str(Path(model).expanduser().absolute())}
+    return {
+        "name": _run_name(network.name),
+        "model": chosen,
+        "train": {
+            "tokens": tokens or _TOKENS_PER_PARAMETER * network.parameters.active,
+            "seq_len": length,
+            "global_batch": batch,
+        },
+        "cluster": {"preset": cluster, "gpus": machines.gpus},
+    }
+
+
+def _default_batch(seq_len: int, gpus: int) -> int:
+    """The power of two of sequences that makes a usual step."""
+    wanted = max(_BATCH_TOKENS // seq_len, gpus // _DEVICES_PER_SEQUENCE, 1)
+    return 1 << (wanted - 1).bit_length()
+
+
+def _run_name(model: str) -> str:
+    kept = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in model).lstrip("._-")
+    return kept[:64] or "run"
