@@ -27,7 +27,7 @@ _MARKERS = (
 )
 _LEFT, _WIDTH = 12.0, 85.0
 """Of the plot's area, in per cent of the drawing's width."""
-_TOP, _BOTTOM = 14, 46
+_TOP, _BOTTOM = 26, 46
 """Above and below the plot's area, in pixels."""
 _NOT_IN_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
@@ -151,7 +151,7 @@ def scatter(
         parts.append(f'<line x1="{_LEFT}%" x2="{_LEFT + _WIDTH}%" y1="{top}" y2="{top}" stroke="{HAIRLINE}"/>')
         parts.append(f'<text x="{_LEFT}%" dx="-6" y="{top}" dy="4" text-anchor="end">{escaped(y.say(value))}</text>')
     parts.append(f'<text x="{_LEFT + _WIDTH / 2}%" y="{height - 8}" text-anchor="middle">{escaped(x.title)}</text>')
-    parts.append(f'<text x="{_LEFT}%" dx="6" y="{_TOP}" dy="12" font-weight="600">{escaped(y.title)}</text>')
+    parts.append(f'<text x="{_LEFT}%" y="{_TOP - 12}">{escaped(y.title)}</text>')
     for rule in rules:
         (x1, y1), (x2, y2) = at(*rule.start), at(*rule.end)
         dashes = ' stroke-dasharray="4 4"' if rule.dashed else ""
@@ -189,7 +189,7 @@ def _steps(series: Series, at: Callable[[float, float], tuple[str, str]], colour
 def _legend(series: Sequence[Series], identity: str) -> list[str]:
     parts = []
     for number, one in enumerate(series):
-        top = _TOP + 34 + 18 * number
+        top = _TOP + 20 + 18 * number
         colour = INK if one.faint else COLOURS[number % len(COLOURS)]
         marker = f'<use href="#{identity}-{number % len(_MARKERS)}" x="{_LEFT}%" y="{top - 4}" fill="{colour}"/>'
         parts.append(f'<g transform="translate(14 0)">{marker}</g>')

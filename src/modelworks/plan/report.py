@@ -64,7 +64,9 @@ def answer(plan: Plan) -> Text:
     text.append(f"{plan.name}: {plan.run.model.name} on {plan.devices:,} x {plan.device.name}\n", style="bold")
     text.append(f"{layout_name(layout)}: ", style="bold green")
     text.append(f"{layout_details(layout)}. {layout_sentence(layout)}\n")
-    text.append(f"{seconds(plan.step_time_s)} a step, {percent(plan.mfu)} MFU, {duration(plan.run_time_s)}", style="bold")
+    text.append(
+        f"{seconds(plan.step_time_s)} a step, {percent(plan.mfu)} MFU, {duration(plan.run_time_s)}", style="bold"
+    )
     spent = f", {money(cost.rent_usd)} rented" if cost.rent_usd is not None else ""
     text.append(f" for {count(plan.run.train.tokens)} tokens{spent}. ")
     text.append(f"It fits: {gib(plan.memory_bytes)} of {gib(plan.device.memory_bytes)}.")
@@ -248,7 +250,9 @@ def _model(plan: Plan) -> str:
 
 def _batch(plan: Plan) -> str:
     train = plan.run.train
-    return f"{train.global_batch:,} x {train.seq_len:,} tokens, {plan.micro_batches} micro batches of {plan.micro_batch}"
+    return (
+        f"{train.global_batch:,} x {train.seq_len:,} tokens, {plan.micro_batches} micro batches of {plan.micro_batch}"
+    )
 
 
 def _peak(plan: Plan) -> str:

@@ -62,7 +62,7 @@
     const key = marked(event, "[data-key]");
     if (header) sort(header);
     else if (button) toggle(button);
-    else if (key && choose(key.dataset.key) && key.matches("use")) {
+    else if (key && choose(key.dataset.key)) {
       document.querySelector("[data-sheet]:not([hidden])").scrollIntoView({ block: "nearest", behavior: "smooth" });
     }
   };
