@@ -15,7 +15,7 @@ import numpy as np
 from modelworks.plan.block import Setting
 from modelworks.plan.cost import Cost, run_cost
 from modelworks.plan.layout import IntArray, Layouts, joined
-from modelworks.plan.planner import Candidate, candidate, setting_for, software_name, software_spec, space_for
+from modelworks.plan.planner import Candidate, Point, candidate, setting_for, software_name, software_spec, space_for
 from modelworks.plan.search import GROUP, Space, candidates, pareto
 from modelworks.plan.step import Evaluation, evaluate
 from modelworks.spec.files import device_spec
@@ -27,6 +27,7 @@ _LEAST_PART = 2048
 """Tokens of a sequence that context parallelism leaves to a device at least."""
 _SCALES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8, 16)
 """How many times as many replicas are tried."""
+_MOST_DEVICES = 1_000_000
 _SCALED = 160
 """Layouts of which other numbers of replicas are tried, fastest first."""
 
@@ -63,18 +64,6 @@ class Quick:
         return run_cost(self.run.cluster, self.device, devices, self.seconds(step))
 
 
-@dataclass(frozen=True)
-class Size:
-    """The best layout found for a number of devices."""
-
-    devices: int
-    candidate: Candidate
-    days: float
-    cost: Cost
-    on_front: bool
-    """Whether no other size is faster, cheaper and smaller at once."""
-
-
 def quick(run: RunSpec) -> Quick:
     """Find a layout for a run among a thinned space; what the run's spec states is kept.
 
@@ -100,27 +89,27 @@ def quick(run: RunSpec) -> Quick:
     return Quick(run, setting, len(layouts), _rows(evaluation, order[_first(layouts.take(order))]), leanest)
 
 
-def sizes(found: Quick) -> list[Size]:
-    """The best layouts for other numbers of devices, fewest first."""
-    chosen = found.distinct.layouts.take(slice(_SCALED))
-    if not len(chosen):
-        return []
+def sizes(found: Quick) -> tuple[list[Point], list[Point]]:
+    """The best layouts found for other numbers of devices, fewest first: those not beaten in time, cost and devices
+    at once, and the others."""
+    chosen = found.distinct.layouts.take(np.arange(min(_SCALED, len(found.distinct.layouts))))
     scaled = joined([_with_replicas(chosen, scale) for scale in _SCALES])
-    cluster = found.run.cluster
+    devices, node = scaled.devices, found.run.cluster.gpus_per_node
     evaluation = evaluate(found.setting, found.run.train.global_batch, scaled)
-    devices = scaled.devices
-    whole = (devices % cluster.gpus_per_node == 0) | (devices <= cluster.gpus_per_node)
     order = np.argsort(evaluation.step_time_s, kind="stable")
-    order = order[(evaluation.fits & whole & (scaled.data >= 1))[order]]
+    whole = (devices % node == 0) | (devices <= node)
+    order = order[(evaluation.fits & whole & (devices <= _MOST_DEVICES))[order]]
     best = order[np.unique(devices[order], return_index=True)[1]]
-    each = [candidate(evaluation, int(index)) for index in best]
-    costs = [found.cost(int(devices[index]), one.step_time_s) for index, one in zip(best, each, strict=True)]
-    spent = np.array([cost.rent_usd or cost.owned_usd or cost.device_hours for cost in costs])
-    front = pareto(evaluation.step_time_s[best], spent, devices[best].astype(np.float64))
-    return [
-        Size(int(devices[index]), one, found.seconds(one.step_time_s) / 86400.0, cost, bool(kept))
-        for index, one, cost, kept in zip(best, each, costs, front, strict=True)
-    ]
+    points, spent = [], []
+    for index in best:
+        one, count = candidate(evaluation, int(index)), int(devices[index])
+        cost = found.cost(count, one.step_time_s)
+        usd = cost.rent_usd or cost.owned_usd
+        points.append(Point(count, found.seconds(one.step_time_s) / 86400.0, usd, one))
+        spent.append(usd or cost.device_hours)
+    front = pareto(evaluation.step_time_s[best], np.array(spent), devices[best].astype(np.float64))
+    kept = list(zip(points, front.tolist(), strict=True))
+    return [point for point, on_front in kept if on_front], [point for point, on_front in kept if not on_front]
 
 
 def _thinned(space: Space, run: RunSpec) -> Space:

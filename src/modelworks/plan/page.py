@@ -8,8 +8,8 @@ mark or a row shows another. Every name is escaped where it is put into markup.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from modelworks.plan import planner
 from modelworks.plan.chart import COLOURS, Point, Series, axis_over, escaped, marker_colour, scatter
 from modelworks.plan.document import Cell, document, table
 from modelworks.plan.planner import LOSSES, Candidate, Loss, Plan, waterfall
@@ -56,7 +56,7 @@ def plan_html(plan: Plan) -> str:
     if plan.alternatives:
         body.append(_panel("Next-best layouts, and why they lose", _alternatives(plan), CHOOSE))
     if len(plan.frontier) > 1:
-        body.append(_panel("Time against devices and cost", frontier_markup(_trade_offs(plan)), CHOOSE))
+        body.append(_panel("Time against devices and cost", frontier_markup(plan.frontier, _beaten(plan)), CHOOSE))
     side = []
     if plan.sensitivity:
         side.append(_panel("What 10 % more of it saves of the step", _sensitivity(plan)))
@@ -67,7 +67,7 @@ def plan_html(plan: Plan) -> str:
         rows = [
             (escaped(fact.subject), escaped(fact.field), escaped(_value(fact.value)), _certainty(fact.certainty),
              escaped(fact.source))
-            for fact in plan.assumptions
+            for fact in sorted(plan.assumptions, key=lambda fact: _CERTAINTIES.index(fact.certainty))
         ]  # fmt: skip
         head = ("Of", "Field", "Value", "Certainty", "Source")
         body.append(_panel("What it stands on", table(head, rows)))
@@ -78,6 +78,7 @@ def plan_html(plan: Plan) -> str:
     return document(f"{plan.name}: plan", "".join(body))
 
 
+_CERTAINTIES = ("assumed", "estimated", "published")
 CHOOSE = "A row or a mark shows that layout's waterfall and memory."
 
 
@@ -193,43 +194,43 @@ def _alternatives(plan: Plan) -> str:
     return layouts_table([(plan.best, "the best"), *((other.candidate, other.why) for other in plan.alternatives)])
 
 
-@dataclass(frozen=True)
-class TradeOff:
-    """A layout in the chart of time against devices."""
-
-    devices: int
-    days: float
-    usd: float | None
-    candidate: Candidate
-    on_front: bool
-    """Whether no other layout is faster, cheaper and smaller at once."""
-
-
-def _trade_offs(plan: Plan) -> list[TradeOff]:
-    front = [TradeOff(p.devices, p.days, p.usd, p.candidate, on_front=True) for p in plan.frontier]
-    keys = {_key(point.candidate) for point in front}
+def _beaten(plan: Plan) -> list[planner.Point]:
+    """The next-best layouts as points beside the front."""
     days = plan.run_time_s / plan.step_time_s / 86400
-    others = [
-        TradeOff(_devices(o.candidate), days * o.candidate.step_time_s, None, o.candidate, on_front=False)
-        for o in plan.alternatives
-        if _key(o.candidate) not in keys
+    front = {_key(point.candidate) for point in plan.frontier}
+    return [
+        planner.Point(_devices(other.candidate), days * other.candidate.step_time_s, None, other.candidate)
+        for other in plan.alternatives
+        if _key(other.candidate) not in front
     ]
-    return front + others
 
 
-def frontier_markup(points: Sequence[TradeOff]) -> str:
-    """The chart of time against devices; cost and layout are said where one points."""
+def frontier_markup(front: Sequence[planner.Point], beaten: Sequence[planner.Point] = (), choose: bool = True) -> str:
+    """The chart of time against devices; cost and layout are said where one points.
+
+    Parameters
+    ----------
+    front
+        Layouts that no other beats in time, cost and devices at once.
+    beaten
+        Others, to compare.
+    choose
+        Whether a mark shows the waterfall of its layout, which then has a sheet on the page.
+    """
+    points = [*front, *beaten]
     if not points:
         return ""
 
-    def series(name: str, on_front: bool) -> Series:
-        chosen = [point for point in points if point.on_front == on_front]
-        marks = [Point(point.devices, point.days, _trade_off(point), _key(point.candidate)) for point in chosen]
-        return Series(name, marks, steps=on_front, faint=not on_front)
+    def series(name: str, chosen: Sequence[planner.Point], is_front: bool) -> Series:
+        keys = [_key(point.candidate) if choose else "" for point in chosen]
+        marks = [
+            Point(point.devices, point.days, _trade_off(point), key) for point, key in zip(chosen, keys, strict=True)
+        ]
+        return Series(name, marks, steps=is_front, faint=not is_front)
 
-    x = axis_over("devices", [float(point.devices) for point in points], lambda value: f"{value:,.4g}")
+    x = axis_over("devices", [float(point.devices) for point in points], lambda value: f"{value:,.6g}")
     y = axis_over("days", [point.days for point in points], lambda value: f"{value:,.4g}")
-    found = [series("not beaten in time, cost and devices", True), series("beaten", False)]
+    found = [series("not beaten in time, cost and devices", front, True), series("beaten", beaten, False)]
     found = [one for one in found if one.points]
     keys = "".join(
         f'<span class="key"><i style="background:{marker_colour(number, one.faint)}"></i>{escaped(one.name)}</span>'
@@ -239,7 +240,7 @@ def frontier_markup(points: Sequence[TradeOff]) -> str:
     return f'<div class="keys">{keys}</div>{drawing}'
 
 
-def _trade_off(point: TradeOff) -> str:
+def _trade_off(point: planner.Point) -> str:
     spent = f", {money(point.usd)}" if point.usd is not None else ""
     return (
         f"{point.devices:,} devices: {duration(point.days * 86400)}{spent}\n"
@@ -334,7 +335,8 @@ def memory_markup(candidate: Candidate, capacity_bytes: float) -> str:
     over = candidate.memory_bytes - capacity_bytes
     said = f"{gib(candidate.memory_bytes)} of {gib(capacity_bytes)}"
     said += f": {gib(over)} too much" if over > 0 else f", {gib(-over)} free"
-    whole = f'<div class="plan-stack{" over" if over > 0 else ""}" role="img" aria-label="{said}">{"".join(parts)}{limit}</div>'
+    kind = "plan-stack over" if over > 0 else "plan-stack"
+    whole = f'<div class="{kind}" role="img" aria-label="{said}">{"".join(parts)}{limit}</div>'
     return f'<p class="said">{said}</p>{whole}{_bars("Memory by component", rows)}'
 
 
