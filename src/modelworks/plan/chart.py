@@ -144,8 +144,9 @@ def scatter(
     bottom = height - _BOTTOM
     for value in x.ticks():
         left, _ = at(value, y.low)
+        minor = "" if str(value).startswith("1") else ' class="minor"'
         parts.append(f'<line x1="{left}" x2="{left}" y1="{_TOP}" y2="{bottom}" stroke="{HAIRLINE}"/>')
-        parts.append(f'<text x="{left}" y="{bottom + 17}" text-anchor="middle">{escaped(x.say(value))}</text>')
+        parts.append(f'<text x="{left}" y="{bottom + 17}" text-anchor="middle"{minor}>{escaped(x.say(value))}</text>')
     for value in y.ticks():
         _, top = at(x.low, value)
         parts.append(f'<line x1="{_LEFT}%" x2="{_LEFT + _WIDTH}%" y1="{top}" y2="{top}" stroke="{HAIRLINE}"/>')

@@ -137,10 +137,11 @@ def _figures(plan: Plan) -> list[Figure]:
 def _named(plan: Plan) -> dict[str, Candidate]:
     """The layouts that the page names, by what tells them apart; the best first."""
     every = [plan.best, *(other.candidate for other in plan.alternatives), *(p.candidate for p in plan.frontier)]
-    return {_key(candidate): candidate for candidate in reversed(every)} | {_key(plan.best): plan.best}
+    return {layout_key(candidate): candidate for candidate in reversed(every)} | {layout_key(plan.best): plan.best}
 
 
-def _key(candidate: Candidate) -> str:
+def layout_key(candidate: Candidate) -> str:
+    """What tells a layout apart from others, in words: rows and marks carry it."""
     return f"{layout_name(candidate.layout)}, {layout_details(candidate.layout)}"
 
 
@@ -177,8 +178,7 @@ def layouts_table(rows: Sequence[tuple[Candidate, str]]) -> str:
     """Layouts with what each takes and a text of why."""
     cells: list[list[Cell]] = [
         [
-            escaped(layout_name(candidate.layout)),
-            escaped(layout_details(candidate.layout)),
+            f"<b>{escaped(layout_name(candidate.layout))}</b><small>{escaped(layout_details(candidate.layout))}</small>",
             (seconds(candidate.step_time_s), candidate.step_time_s),
             (percent(candidate.mfu), candidate.mfu),
             (gib(candidate.memory_bytes), candidate.memory_bytes),
@@ -186,8 +186,8 @@ def layouts_table(rows: Sequence[tuple[Candidate, str]]) -> str:
         ]
         for candidate, why in rows
     ]
-    head = ("Layout", "Details", "Step", "MFU", "Memory", "Why it loses")
-    return table(head, cells, [_key(candidate) for candidate, _ in rows])
+    head = ("Layout", "Step", "MFU", "Memory", "Why it loses")
+    return table(head, cells, [layout_key(candidate) for candidate, _ in rows])
 
 
 def _alternatives(plan: Plan) -> str:
@@ -197,11 +197,11 @@ def _alternatives(plan: Plan) -> str:
 def _beaten(plan: Plan) -> list[planner.Point]:
     """The next-best layouts as points beside the front."""
     days = plan.run_time_s / plan.step_time_s / 86400
-    front = {_key(point.candidate) for point in plan.frontier}
+    front = {layout_key(point.candidate) for point in plan.frontier}
     return [
         planner.Point(_devices(other.candidate), days * other.candidate.step_time_s, None, other.candidate)
         for other in plan.alternatives
-        if _key(other.candidate) not in front
+        if layout_key(other.candidate) not in front
     ]
 
 
@@ -222,7 +222,7 @@ def frontier_markup(front: Sequence[planner.Point], beaten: Sequence[planner.Poi
         return ""
 
     def series(name: str, chosen: Sequence[planner.Point], is_front: bool) -> Series:
-        keys = [_key(point.candidate) if choose else "" for point in chosen]
+        keys = [layout_key(point.candidate) if choose else "" for point in chosen]
         marks = [
             Point(point.devices, point.days, _trade_off(point), key) for point, key in zip(chosen, keys, strict=True)
         ]
@@ -244,7 +244,8 @@ def _trade_off(point: planner.Point) -> str:
     spent = f", {money(point.usd)}" if point.usd is not None else ""
     return (
         f"{point.devices:,} devices: {duration(point.days * 86400)}{spent}\n"
-        f"{seconds(point.candidate.step_time_s)} a step, {percent(point.candidate.mfu)} MFU\n{_key(point.candidate)}"
+        f"{seconds(point.candidate.step_time_s)} a step, {percent(point.candidate.mfu)} MFU\n"
+        + layout_key(point.candidate)
     )
 
 
