@@ -159,7 +159,7 @@ def scatter(
         parts.append(f'<line x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}" stroke="{INK}" stroke-width="1"{dashes}/>')
     for number, one in enumerate(series):
         colour = INK if one.faint else COLOURS[number % len(COLOURS)]
-        opacity = "0.35" if one.faint else "0.72"
+        opacity = "0.4" if one.faint else "0.8"
         parts.append(f'<g fill="{colour}" fill-opacity="{opacity}" data-series="{escaped(one.name)}">')
         if one.steps:
             parts += _steps(one, at, colour)
@@ -177,7 +177,7 @@ def scatter(
 
 
 def _steps(series: Series, at: Callable[[float, float], tuple[str, str]], colour: str) -> list[str]:
-    line = f'stroke="{colour}" stroke-width="1.5" stroke-opacity="0.6"'
+    line = f'stroke="{colour}" stroke-width="1.5" stroke-opacity="0.75"'
     parts = []
     points = sorted(series.points, key=lambda point: point.x)
     for one, following in itertools.pairwise(points):

@@ -213,9 +213,9 @@ class PlanPage:
                 with ui.element("div").classes("panel controls"):
                     self._controls()
                 with ui.element("div").classes("results"):
-                    with ui.element("div").classes("columns"):
-                        self._waterfall = _panel("From the devices' peak to what is achieved, in points of MFU")
-                        self._memory = _panel("Memory of a device of the fullest stage")
+                    with ui.element("div").classes("columns uneven"):
+                        self._waterfall = _panel("From peak to achieved, in points of MFU")
+                        self._memory = _panel("Memory of the fullest stage's devices")
                     self._front = _panel("Fewer and more GPUs")
                     self._layouts = _panel("Next-best layouts, and why they lose", "A row sets the degrees to its own.")
                     self._layouts.on("click", self._take, js_handler=_ROW_KEY)
