@@ -18,7 +18,7 @@ import numpy as np
 
 from modelworks.plan.collectives import Fabric
 from modelworks.plan.kernels import Kernels
-from modelworks.plan.layout import PRECISIONS, FloatArray, IntArray, Layouts
+from modelworks.plan.layout import PRECISIONS, FloatArray, Layouts
 from modelworks.spec.hardware import DeviceSpec
 from modelworks.spec.model import ModelSpec
 from modelworks.spec.software import CalibrationSpec, SoftwareSpec
@@ -27,8 +27,8 @@ COMPONENTS = ("matmul", "attention", "memory", "tensor", "context", "expert", "l
 """What a layer's time goes to: matrix products; attention's core; streaming activations; the exposed exchanges of
 tensor, context and expert parallelism; the device waiting for the host."""
 _MATMUL, _ATTENTION, _MEMORY, _TENSOR, _CONTEXT, _EXPERT, _LAUNCH = range(len(COMPONENTS))
-_BYTES = 2
-"""Of an activation, outside fp32 runs."""
+SHAPE = ("tensor", "context", "expert", "expert_tensor", "micro_batch", "precision", "sequence_parallel")
+"""The fields of `Layouts` that shape a layer on a device."""
 
 
 @dataclass(frozen=True)
@@ -402,7 +402,7 @@ class _Work:
         inside = inside + self.fabric.reduce_scatter(gathered, shapes.expert_tensor, self.one)
         launches = self.software.kernels_per_layer / 2 + 24
         if self.software.experts == "sequential":
-            launches = launches + 4 * float(np.max(local_experts))
+            launches = launches + 4 * float(np.max(local_experts, initial=0.0))
         forward = self.of(
             launches,
             matmul=up + down + router,
@@ -509,13 +509,3 @@ class _Work:
             self.fabric.all_reduce(size, self.tensor, self.one),
         )
         return forward, backward
-
-
-def shape_keys(layouts: Layouts) -> tuple[Layouts, IntArray]:
-    """The different shapes among candidates, and for each candidate the position of its shape."""
-    key = np.zeros(len(layouts), dtype=np.int64)
-    for name in ("tensor", "context", "expert", "expert_tensor", "micro_batch", "precision", "sequence_parallel"):
-        values, positions = np.unique(getattr(layouts, name), return_inverse=True)
-        key = key * len(values) + positions
-    _, first, which = np.unique(key, return_index=True, return_inverse=True)
-    return layouts.take(first), which

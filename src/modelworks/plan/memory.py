@@ -7,12 +7,13 @@ Parameters are counted per device as the layout shards them; activations after K
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from modelworks.plan.block import Setting
-from modelworks.plan.layout import PRECISIONS, FloatArray, IntArray, Layouts
+from modelworks.plan.layout import PRECISIONS, RECOMPUTE, FloatArray, IntArray, Layouts
 from modelworks.plan.pipeline import Stages, in_flight
 from modelworks.spec.model import ModelSpec
 
@@ -97,69 +98,132 @@ def dense_layers_of(model: ModelSpec, candidates: Layouts, stage: str, layers: I
     return np.where((candidates.pipeline == 1) | (stage == "first"), dense, 0)
 
 
-def memory_bytes(setting: Setting, candidates: Layouts, stages: Stages, micro_batches: IntArray) -> FloatArray:
-    """Bytes on a device of the stage that needs most, by component of `MEMORY`, shape (K, N)."""
-    first, middle, last = stages_memory(setting, candidates, stages, micro_batches).values()
-    totals = np.stack([first.sum(axis=0), middle.sum(axis=0), last.sum(axis=0)])
-    largest = np.argmax(totals, axis=0)
-    return np.where(largest == 0, first, np.where(largest == 1, middle, last))
+STAGES = ("first", "middle", "last")
+
+
+def memory_bytes(
+    setting: Setting, candidates: Layouts, state: tuple[FloatArray, IntArray], kept: tuple[KeptBytes, IntArray]
+) -> FloatArray:
+    """Bytes on a device of the stage that needs most, by component of `MEMORY`, shape (K, N).
+
+    Parameters
+    ----------
+    state
+        What `state_bytes` gives for the different ways to shard, and for each candidate the position of its own.
+    kept
+        The same of `kept_bytes`.
+    """
+    bytes_of, of_state = state
+    tables, of_kept = kept
+    framework, fragmentation = _framework(setting)
+    activations, logits, totals = [], [], []
+    for stage in range(len(STAGES)):
+        activations.append(tables.activations(stage, of_kept, candidates))
+        logits.append(tables.logits[stage].take(of_kept))
+        total = activations[stage] + logits[stage] + bytes_of[stage, -1].take(of_state)
+        totals.append(total * (1.0 + fragmentation) + bytes_of[stage, :-1].sum(axis=0).take(of_state))
+    fullest = np.where(totals[1] > totals[0], 1, 0)
+    fullest = np.where(totals[2] > np.maximum(totals[0], totals[1]), 2, fullest)
+    out = np.empty((len(MEMORY), len(candidates)))
+    here = fullest * bytes_of.shape[2] + of_state
+    for row, component in ((0, 0), (1, 1), (2, 2), (5, 3)):
+        np.take(np.ascontiguousarray(bytes_of[:, component]).reshape(-1), here, out=out[row], mode="clip")
+    out[3], out[4] = choose(fullest, activations), choose(fullest, logits)
+    out[6] = framework + fragmentation * (out[3] + out[4] + out[5])
+    return out
 
 
 def stages_memory(
     setting: Setting, candidates: Layouts, stages: Stages, micro_batches: IntArray
 ) -> dict[str, FloatArray]:
     """Bytes on a device of the first, a middle and the last stage, by component of `MEMORY`, each of shape (K, N)."""
-    return {
-        kind: _stage_memory(setting, candidates, parameters, kind, micro_batches)
-        for kind, parameters in zip(
-            ("first", "middle", "last"), stage_parameters(setting.model, candidates, stages), strict=True
+    every = np.arange(len(candidates))
+    state = state_bytes(setting, candidates, stage_parameters(setting.model, candidates, stages))
+    kept = kept_bytes(setting, candidates, stages, micro_batches)
+    found = {}
+    for index, kind in enumerate(STAGES):
+        one = KeptBytes(*(np.repeat(table[[index]], len(STAGES), axis=0) for table in (kept.base, kept.saved, kept.logits)))
+        found[kind] = memory_bytes(
+            setting, candidates, (np.repeat(state[[index]], len(STAGES), axis=0), every), (one, every)
         )
-    }
+    return found
 
 
-def _stage_memory(
-    setting: Setting, candidates: Layouts, parameters: StageParameters, kind: str, micro_batches: IntArray
-) -> FloatArray:
-    model, software, c = setting.model, setting.software, candidates
-    plain, experts = parameters.plain, parameters.experts
+def choose(stage: IntArray, of_stages: Sequence[FloatArray]) -> FloatArray:
+    """Of one array for each stage, the values of the given stages."""
+    return np.where(stage == 0, of_stages[0], np.where(stage == 1, of_stages[1], of_stages[2]))
+
+
+def _framework(setting: Setting) -> tuple[float, float]:
+    """Bytes of the framework itself, and the share of activations and buffers that lies idle between blocks."""
+    return (0.3 * 2**30, 0.0) if setting.device.kind == "cpu" else (_FRAMEWORK_BYTES, _FRAGMENTATION)
+
+
+def state_bytes(setting: Setting, candidates: Layouts, parameters: tuple[StageParameters, ...]) -> FloatArray:
+    """Bytes of weights, gradients, optimizer state and buffers on a device of each stage, shape (3, 4, N)."""
+    software, c = setting.software, candidates
     plain_shards = np.maximum(1, c.shards)
     expert_shards = np.maximum(1, c.shards * c.tensor // (c.expert * c.expert_tensor))
-    sharded = lambda stage: (  # noqa: E731
-        np.where(c.zero_stage >= stage, plain / plain_shards + experts / expert_shards, plain + experts)
-    )
-    out = np.zeros((len(MEMORY), len(c)))
     fp32 = c.precision == PRECISIONS.index("fp32")
     weight = np.where(fp32, 4.0, float(software.parameter_bytes))
-    out[0] = sharded(3) * weight
-    out[1] = sharded(2) * np.where(fp32, 4.0, float(software.gradient_bytes))
+    gradient = np.where(fp32, 4.0, float(software.gradient_bytes))
     masters = 4.0 if software.master_weights and software.parameter_bytes < 4 else 0.0
-    out[2] = sharded(1) * np.where(fp32, 8.0, 8.0 + masters)
-    held = np.ones(len(c))
-    alone = c.pipeline == 1
-    if kind == "first":
-        held = in_flight(c, micro_batches)
-    elif kind == "middle":
-        held = np.maximum(1.0, in_flight(c, micro_batches) * (c.pipeline - 1) / c.pipeline)
-    if kind != "middle":
-        held = np.where(alone, 1.0, held)
-    kept, working = activation_bytes(setting, candidates, kind, parameters.layers)
-    out[3] = held * kept + working
-    if kind == "last":
-        out[4] = logits_bytes(setting, candidates)
-    elif kind == "first":
-        out[4] = np.where(alone, logits_bytes(setting, candidates), 0.0)
-    # Sharded weights are gathered two layers at a time; reductions go through a bucket of gradients.
-    layer = (plain + experts) / np.maximum(parameters.layers, 1.0)
-    out[5] = np.where(c.zero_stage == 3, 2.0 * layer * weight + layer * software.gradient_bytes, 0.0)
-    cpu = setting.device.kind == "cpu"
-    out[6] = 0.3 * 2**30 if cpu else _FRAMEWORK_BYTES + _FRAGMENTATION * (out[3] + out[4] + out[5])
+    optimizer = np.where(fp32, 8.0, 8.0 + masters)
+    out = np.empty((len(STAGES), 4, len(c)))
+    for index, stage in enumerate(parameters):
+        plain, experts = stage.plain, stage.experts
+        split = plain / plain_shards + experts / expert_shards
+        out[index, 0] = np.where(c.zero_stage >= 3, split, plain + experts) * weight
+        out[index, 1] = np.where(c.zero_stage >= 2, split, plain + experts) * gradient
+        out[index, 2] = np.where(c.zero_stage >= 1, split, plain + experts) * optimizer
+        # Sharded weights are gathered two layers at a time; reductions go through a bucket of gradients.
+        layer = (plain + experts) / np.maximum(stage.layers, 1.0)
+        out[index, 3] = np.where(c.zero_stage == 3, 2.0 * layer * weight + layer * software.gradient_bytes, 0.0)
     return out
 
 
+@dataclass(frozen=True)
+class KeptBytes:
+    """What the stages keep of micro batches until their backward pass, for W layouts without their recomputation."""
+
+    base: FloatArray
+    """With nothing recomputed, for all micro batches under way; shape (3, W)."""
+    saved: FloatArray
+    """What each kind of recomputation takes off that if it applies to all layers, shape (3, R, W)."""
+    logits: FloatArray
+    """Shape (3, W)."""
+
+    def activations(self, stage: int, of_kept: IntArray, candidates: Layouts) -> FloatArray:
+        """Bytes of a stage for each candidate."""
+        place = candidates.recompute * self.base.shape[1] + of_kept
+        saved = self.saved[stage].reshape(-1).take(place)
+        return self.base[stage].take(of_kept) - candidates.recompute_share * saved
+
+
+def kept_bytes(setting: Setting, candidates: Layouts, stages: Stages, micro_batches: IntArray) -> KeptBytes:
+    """What the stages of W layouts keep, whatever they recompute."""
+    c, alone = candidates, candidates.pipeline == 1
+    flying = in_flight(c, micro_batches)
+    held = {
+        "first": np.where(alone, 1.0, flying),
+        "middle": np.maximum(1.0, flying * (c.pipeline - 1) / c.pipeline),
+        "last": np.ones(len(c)),
+    }
+    head = logits_bytes(setting, c)
+    logits = np.stack([np.where(alone, head, 0.0), np.zeros(len(c)), head])
+    base, saved = np.empty((len(STAGES), len(c))), np.empty((len(STAGES), len(RECOMPUTE), len(c)))
+    for index, (kind, layers) in enumerate(zip(STAGES, (stages.first, stages.middle, stages.last), strict=True)):
+        whole, less, working = activation_bytes(setting, c, kind, layers)
+        base[index] = held[kind] * whole
+        saved[index] = held[kind] * less - working
+    return KeptBytes(base, saved, logits)
+
+
 def activation_bytes(
-    setting: Setting, candidates: Layouts, kind: str, layers: FloatArray
-) -> tuple[FloatArray, FloatArray]:
-    """Bytes that one micro batch keeps in a stage for its backward pass, and those of the layer being worked on.
+    setting: Setting, candidates: Layouts, kind: str, layers: IntArray
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Bytes that one micro batch keeps in a stage for its backward pass, (N,); what each kind of recomputation of all
+    layers takes off that, (R, N); and what it then needs for the layer being worked on, (R, N).
 
     Per token of a layer, with `e` bytes an element: two inputs of normalisations (four in sandwich placement), two
     inputs of linear maps (the normalisations' outputs), queries, keys and values, attention's result, the
@@ -207,8 +271,8 @@ def activation_bytes(
     whole_experts = norm_inputs + masks + attention + written + experts
     ffn_share = (whole_dense - dense, whole_experts - experts)
     input_only = hidden * e / s
-    kept = []
-    for whole, rest, ffn in ((whole_dense, ffn_share[0], dense), (whole_experts, ffn_share[1], experts)):
+    less = []
+    for whole, rest in ((whole_dense, ffn_share[0]), (whole_experts, ffn_share[1])):
         choices = np.stack(
             [
                 whole,
@@ -217,12 +281,13 @@ def activation_bytes(
                 np.broadcast_to(input_only, whole.shape),
             ]
         )
-        recomputed = np.take_along_axis(choices, c.recompute[None, :], axis=0)[0]
-        kept.append(c.recompute_share * recomputed + (1.0 - c.recompute_share) * whole)
-    dense_layers = dense_layers_of(model, c, kind, layers.astype(np.int64))
-    total = dense_layers * kept[0] + (layers - dense_layers) * kept[1]
-    working = np.where(dense_layers > 0, whole_dense, whole_experts) - np.where(dense_layers > 0, kept[0], kept[1])
-    return total * tokens, np.maximum(working, 0.0) * tokens
+        less.append(whole - choices)
+    dense_layers = dense_layers_of(model, c, kind, layers)
+    expert_layers = layers - dense_layers
+    total = dense_layers * whole_dense + expert_layers * whole_experts
+    working = np.where(dense_layers > 0, less[0], less[1])
+    saved = dense_layers * less[0] + expert_layers * less[1]
+    return total * tokens, saved * tokens, np.maximum(working, 0.0) * tokens
 
 
 def logits_bytes(setting: Setting, candidates: Layouts) -> FloatArray:

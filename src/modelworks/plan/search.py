@@ -19,14 +19,14 @@ from typing import Any
 import numpy as np
 
 from modelworks.plan.block import Setting
-from modelworks.plan.layout import PRECISIONS, BoolArray, FloatArray, IntArray, Layouts
+from modelworks.plan.layout import PRECISIONS, RECOMPUTE, BoolArray, FloatArray, IntArray, Layouts
 from modelworks.plan.memory import MEMORY
-from modelworks.plan.step import REASONS, Evaluation, evaluate
+from modelworks.plan.step import REASONS, Blocks, Evaluation, evaluate, known_blocks
 
 GROUP: tuple[str, ...] = ("tensor", "pipeline", "context", "expert", "expert_tensor")
 """Layouts that differ in one of these are distinct; the others are settings of one layout."""
-_CHUNK = 16_384
-"""Candidates that are evaluated together: their arrays stay in the processor's cache."""
+_CHUNK = 65_536
+"""Candidates that are evaluated together: enough to make calls cheap, few enough to need little memory."""
 _RECOMPUTE_OPTIONS = ((0, 1.0), *((kind, share) for kind in (1, 2, 3) for share in (1.0, 0.75, 0.5, 0.25)))
 """Kind and share of the layers, simplest first."""
 WITHIN = 1.1
@@ -69,31 +69,31 @@ class Candidates:
 
     table: dict[str, IntArray]
     """The first choices, by name; arrays of one length."""
-    last: dict[str, IntArray | FloatArray]
+    last: dict[str, IntArray]
     """The last choices, by name; `shards` as a position in `_SHARDS`."""
+    shares: FloatArray
+    """The last choices' share of layers that are recomputed."""
     space: Space
 
     def __len__(self) -> int:
         return len(self.table["tensor"]) * len(self.last["recompute"])
 
-    def rows(self, block: slice, **last: int) -> Layouts:
-        """One candidate for each row of a block, with the last choices given: sharded over all replicas, recomputed
-        in all layers."""
-        made = {name: values[block] for name, values in self.table.items()}
-        made |= {name: np.full_like(made["tensor"], value) for name, value in last.items()}
-        made["recompute_share"] = np.ones(len(made["tensor"]))
+    def rows(self, rows: IntArray, recompute: IntArray, share: FloatArray) -> Layouts:
+        """Candidates of those rows with what is recomputed given, everything sharded over all replicas."""
+        made = {name: values[rows] for name, values in self.table.items()}
+        made["recompute"], made["zero_stage"] = recompute, np.full_like(rows, 3)
         made["shards"] = made["data"] * made["context"]
-        made["sequence_parallel"] = made["sequence_parallel"].astype(np.bool_)
-        return Layouts(**made)
+        parallel = made.pop("sequence_parallel").astype(np.bool_)
+        return Layouts(**made, recompute_share=share, sequence_parallel=parallel)
 
     def at(self, numbers: IntArray) -> Layouts:
         """The candidates of those numbers."""
         row, last = np.divmod(numbers, len(self.last["recompute"]))
         made = {name: values[row] for name, values in self.table.items()}
-        made |= {name: values[last] for name, values in self.last.items()}
+        made |= {name: self.last[name][last] for name in ("recompute", "zero_stage", "shards")}
         made["shards"] = _shards(made, self.space)
-        made["sequence_parallel"] = made["sequence_parallel"].astype(np.bool_)
-        return Layouts(**made)
+        parallel = made.pop("sequence_parallel").astype(np.bool_)
+        return Layouts(**made, recompute_share=self.shares[last], sequence_parallel=parallel)
 
 
 @dataclass(frozen=True)
@@ -117,10 +117,11 @@ class Found:
 
 _SHARDS = ("all", "island", "domain")
 """Over how many ranks state is sharded: all replicas, those of an island, those of a scale-up domain."""
-_WINDOW = 2048
+_WINDOW = 8192
 """Rows whose bounds are looked at together."""
 _HOPELESS = 1.25
 """Distinct layouts that are so many times slower than the best on as many devices are not followed up."""
+_NOTHING, _FULL = (RECOMPUTE.index("none"), 1.0), (RECOMPUTE.index("full"), 1.0)
 _DATA, _JITTER = REASONS.index("data"), REASONS.index("jitter")
 _BUFFERS = MEMORY.index("buffers")
 _BUFFER_SHARE = 1.05
@@ -170,31 +171,33 @@ def candidates(setting: Setting, global_batch: int, space: Space) -> Candidates:
     )  # fmt: skip
     grow.choose("schedule", lambda p, v: [1] if v > 1 else [0, 2] if p > 1 else [0], "pipeline", "virtual_stages")
     grow.choose("precision", lambda: [i for i, name in enumerate(PRECISIONS) if name in setting.device.peak_flops])
-    return Candidates(grow.table, _last_choices(space), space)
+    return Candidates(grow.table, *_last_choices(space), space)
 
 
 def search(setting: Setting, global_batch: int, space: Space) -> Found:
     """Find the best layouts of a space.
 
-    Branch and bound: a row of the table takes at least the time without recomputation and exchanges over replicas,
-    and at least the memory with everything recomputed and sharded. Rows that cannot fit, and rows that can neither
-    better their own distinct layout nor come near the best of all, are not combined with the last choices.
+    Branch and bound, in two steps. A row of the table takes at least the time without recomputation and exchanges over
+    replicas, and at least the memory with everything recomputed and sharded; with a recomputation chosen both bounds
+    are closer. What cannot fit, and what can neither better its own distinct layout nor come near the best of all, is
+    not combined with the choices that are left.
     """
     begun = time.process_time()
     every = candidates(setting, global_batch, space)
-    inner = len(every.last["recompute"])
-    time_bound, memory_bound, evaluated = _bounds(setting, global_batch, every)
-    order = np.flatnonzero(memory_bound <= space.memory_limit * WITHIN)
-    order = order[np.argsort(time_bound[order], kind="stable")]
+    trial = _Trial(setting, global_batch, every)
+    time_bound = trial.time_bounds()
+    memory_bound = np.full(len(time_bound), np.inf)
+    order = np.argsort(time_bound, kind="stable")
     best = _Best(every)
     close: list[tuple[IntArray, FloatArray]] = []
     feasible = 0
     for start in range(0, len(order), _WINDOW):
         rows = order[start : start + _WINDOW]
         rows = rows[best.could_change(rows, time_bound[rows])]
-        for numbers in _numbers(rows, inner):
-            found = evaluate(setting, global_batch, every.at(numbers), space.memory_limit)
-            evaluated += len(numbers)
+        memory_bound[rows] = trial.bounds(rows, *_FULL)[1]
+        rows = rows[memory_bound[rows] <= space.memory_limit * WITHIN]
+        for numbers in _blocks(trial.worth(rows, best)):
+            found = trial.evaluate(numbers)
             fitting = np.flatnonzero(found.fits)
             feasible += len(fitting)
             best.note(numbers[fitting], found.step_time_s[fitting])
@@ -202,15 +205,15 @@ def search(setting: Setting, global_batch: int, space: Space) -> Found:
             near &= found.memory_bytes <= space.memory_limit * WITHIN
             close.append((numbers[near], found.step_time_s[near]))
     near_numbers = [numbers[step <= best.fastest * WITHIN] for numbers, step in close]
-    smallest = np.zeros(0, dtype=np.int64)
+    leanest = np.zeros(0, dtype=np.int64)
     if not feasible and len(every):
-        smallest = _least_memory(setting, global_batch, every, memory_bound, inner)
+        leanest = trial.leanest(np.argsort(memory_bound, kind="stable")[:_WINDOW])
     return Found(
         candidates=every,
         distinct=evaluate(setting, global_batch, every.at(best.numbers()), space.memory_limit),
         close=every.at(np.concatenate([*near_numbers, np.zeros(0, dtype=np.int64)])),
-        least_memory=evaluate(setting, global_batch, every.at(smallest), space.memory_limit),
-        evaluated=evaluated,
+        least_memory=evaluate(setting, global_batch, every.at(leanest), space.memory_limit),
+        evaluated=trial.evaluated,
         feasible=feasible,
         seconds=time.process_time() - begun,
     )
@@ -218,43 +221,72 @@ def search(setting: Setting, global_batch: int, space: Space) -> Found:
 
 def evaluations(setting: Setting, global_batch: int, every: Candidates) -> Iterator[tuple[IntArray, Evaluation]]:
     """All candidates' numbers and evaluations, block by block, none left out."""
-    for start in range(0, len(every), _CHUNK):
-        numbers = np.arange(start, min(start + _CHUNK, len(every)))
-        yield numbers, evaluate(setting, global_batch, every.at(numbers), every.space.memory_limit)
+    trial = _Trial(setting, global_batch, every)
+    for numbers in _blocks(np.arange(len(every))):
+        yield numbers, trial.evaluate(numbers)
 
 
-def _bounds(setting: Setting, global_batch: int, every: Candidates) -> tuple[FloatArray, FloatArray, int]:
-    """For each row the least time and memory that any of its candidates has, and how many evaluations that took."""
-    rows = len(every.table["tensor"])
-    time_bound, memory_bound = np.empty(rows), np.empty(rows)
-    for start in range(0, rows, _CHUNK):
-        block = slice(start, start + _CHUNK)
-        quick = evaluate(setting, global_batch, every.rows(block, recompute=0, zero_stage=1), every.space.memory_limit)
-        jitter = quick.reasons[_JITTER] / np.maximum(quick.step_time_s - quick.reasons[_JITTER], 1e-300)
-        time_bound[block] = quick.step_time_s - quick.reasons[_DATA] * (1.0 + jitter)
-        small = evaluate(setting, global_batch, every.rows(block, recompute=3, zero_stage=3), every.space.memory_limit)
-        memory_bound[block] = small.memory_bytes - _BUFFER_SHARE * small.memory[_BUFFERS]
-    return time_bound, memory_bound, 2 * rows
+class _Trial:
+    """Evaluates candidates of a space by their numbers; layers are worked out once for all of them."""
+
+    def __init__(self, setting: Setting, global_batch: int, every: Candidates) -> None:
+        self.setting, self.global_batch, self.every = setting, global_batch, every
+        self.inner = len(every.last["recompute"])
+        self.limit = every.space.memory_limit
+        rows = np.arange(len(every.table["tensor"]))
+        self.known = known_blocks(setting, every.rows(rows, np.zeros_like(rows), np.ones(len(rows))))
+        self.evaluated = 0
+
+    def evaluate(self, numbers: IntArray) -> Evaluation:
+        """The candidates of those numbers."""
+        return self._evaluate(self.every.at(numbers), numbers // self.inner)
+
+    def time_bounds(self) -> FloatArray:
+        """The least time of any candidate of each row."""
+        rows = np.arange(len(self.every.table["tensor"]))
+        return np.concatenate([self.bounds(block, *_NOTHING)[0] for block in _blocks(rows)] or [np.zeros(0)])
+
+    def bounds(
+        self, rows: IntArray, recompute: IntArray | int, share: FloatArray | float
+    ) -> tuple[FloatArray, FloatArray]:
+        """The least time and memory of candidates of rows that recompute so: sharded over all, not exchanging."""
+        again, part = np.broadcast_to(recompute, rows.shape), np.broadcast_to(share, rows.shape)
+        made = self._evaluate(self.every.rows(rows, again, part), rows)
+        jitter = made.reasons[_JITTER] / np.maximum(made.step_time_s - made.reasons[_JITTER], 1e-300)
+        least_time = made.step_time_s - made.reasons[_DATA] * (1.0 + jitter)
+        return least_time, made.memory_bytes - _BUFFER_SHARE * made.memory[_BUFFERS]
+
+    def worth(self, rows: IntArray, best: _Best) -> IntArray:
+        """Numbers of the candidates of rows whose recomputation could fit the memory and change the best."""
+        pair = np.stack([self.every.last["recompute"], self.every.shares], axis=1)
+        choices, which = np.unique(pair, axis=0, return_inverse=True)
+        repeated = np.repeat(rows, len(choices))
+        again = np.tile(np.arange(len(choices)), len(rows))
+        recompute, share = choices[again, 0].astype(np.int64), choices[again, 1]
+        least_time, least_memory = self.bounds(repeated, recompute, share)
+        kept = best.could_change(repeated, least_time) & (least_memory <= self.limit * WITHIN)
+        # For each row and choice that is worth it, all of the last choices that recompute so.
+        those = np.argsort(which.reshape(-1), kind="stable").reshape(len(choices), -1)
+        return (repeated[kept, None] * self.inner + those[again[kept]]).reshape(-1)
+
+    def leanest(self, rows: IntArray) -> IntArray:
+        """The number of the candidate of those rows that needs least memory."""
+        least, number = np.inf, np.zeros(1, dtype=np.int64)
+        for numbers in _blocks((rows[:, None] * self.inner + np.arange(self.inner)).reshape(-1)):
+            memory = self.evaluate(numbers).memory_bytes
+            if memory.min() < least:
+                least, number = float(memory.min()), numbers[[int(np.argmin(memory))]]
+        return number
+
+    def _evaluate(self, layouts: Layouts, rows: IntArray) -> Evaluation:
+        self.evaluated += len(rows)
+        blocks = Blocks(self.known.times, self.known.which[rows])
+        return evaluate(self.setting, self.global_batch, layouts, self.limit, blocks)
 
 
-def _least_memory(
-    setting: Setting, global_batch: int, every: Candidates, memory_bound: FloatArray, inner: int
-) -> IntArray:
-    """The number of the candidate that needs least memory, among the rows that promise least."""
-    rows = np.argsort(memory_bound, kind="stable")[:_WINDOW]
-    least, number = np.inf, np.zeros(1, dtype=np.int64)
-    for numbers in _numbers(rows, inner):
-        memory = evaluate(setting, global_batch, every.at(numbers), every.space.memory_limit).memory_bytes
-        if memory.min() < least:
-            least, number = float(memory.min()), numbers[[int(np.argmin(memory))]]
-    return number
-
-
-def _numbers(rows: IntArray, inner: int) -> Iterator[IntArray]:
-    """The numbers of all candidates of those rows, in blocks."""
-    step = max(1, _CHUNK // max(1, inner))
-    for start in range(0, len(rows), step):
-        yield (rows[start : start + step, None] * inner + np.arange(inner)).reshape(-1)
+def _blocks(numbers: IntArray) -> Iterator[IntArray]:
+    for start in range(0, len(numbers), _CHUNK):
+        yield numbers[start : start + _CHUNK]
 
 
 class _Best:
@@ -369,7 +401,7 @@ def _virtual_stages(layers: int, pipeline: int, micro_batches: int) -> list[int]
     return found
 
 
-def _last_choices(space: Space) -> dict[str, IntArray | FloatArray]:
+def _last_choices(space: Space) -> tuple[dict[str, IntArray], FloatArray]:
     accepted = space.accepted
     recompute = [
         (kind, share)
@@ -383,14 +415,10 @@ def _last_choices(space: Space) -> dict[str, IntArray | FloatArray]:
     sharding = [(stage, kind) for stage in stages for kind in (range(len(_SHARDS)) if stage else (0,))]
     if "shards" in accepted:
         sharding = [(stage, 0) for stage in stages]
-    pairs = [(*again, *shards) for again in recompute for shards in sharding]
+    pairs = [(*again, *shards) for shards in sharding for again in recompute]
     columns = np.array(pairs, dtype=np.float64).reshape(len(pairs), 4).T
-    return {
-        "recompute": columns[0].astype(np.int64),
-        "recompute_share": columns[1].copy(),
-        "zero_stage": columns[2].astype(np.int64),
-        "shards": columns[3].astype(np.int64),
-    }
+    last = {"recompute": columns[0], "zero_stage": columns[2], "shards": columns[3]}
+    return {name: values.astype(np.int64) for name, values in last.items()}, columns[1].copy()
 
 
 def _shards(made: Mapping[str, IntArray], space: Space) -> IntArray:

@@ -7,21 +7,24 @@ vectorised: candidates are arrays, and layers are worked out once for each diffe
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from modelworks.plan.block import COMPONENTS, BlockTimes, LayerTimes, Setting, block_times, shape_keys
-from modelworks.plan.layout import PRECISIONS, BoolArray, FloatArray, IntArray, Layouts, fits_model
+from modelworks.plan.block import COMPONENTS, SHAPE, BlockTimes, LayerTimes, Setting, block_times
+from modelworks.plan.layout import PRECISIONS, BoolArray, FloatArray, IntArray, Layouts, distinct, fits_model
 from modelworks.plan.memory import (
-    MEMORY,
     StageParameters,
+    choose,
     dense_layers_of,
     device_parameters,
+    kept_bytes,
     memory_bytes,
     stage_parameters,
+    state_bytes,
 )
-from modelworks.plan.pipeline import Stages, bubble, deal_layers
+from modelworks.plan.pipeline import bubble, deal_layers
 from modelworks.spec.flops import training_flop_per_token
 
 REASONS = (*COMPONENTS, "recompute", "bubble", "pipeline", "data", "optimizer", "host", "jitter")
@@ -53,115 +56,163 @@ class Evaluation:
         return total
 
 
+_ROW = (*SHAPE, "pipeline", "virtual_stages", "schedule", "data")
+"""What a stage's times and activations depend on, but for what is recomputed."""
+_STATE = (
+    "tensor", "pipeline", "context", "expert", "expert_tensor", "data", "virtual_stages", "precision", "zero_stage",
+    "shards",
+)  # fmt: skip
+"""What the model's state depends on, and the exchanges over replicas that keep it the same."""
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Layers that are known already, for candidates that share their shapes."""
+
+    times: BlockTimes
+    which: IntArray
+    """For each candidate the position of its shape, (N,)."""
+
+
+def known_blocks(setting: Setting, candidates: Layouts) -> Blocks:
+    """The layers of candidates, each different shape worked out once."""
+    first, which = distinct(candidates, SHAPE)
+    return Blocks(block_times(setting, candidates.take(first)), which)
+
+
 def evaluate(
-    setting: Setting, global_batch: int | IntArray, candidates: Layouts, memory_limit: float | None = None
+    setting: Setting,
+    global_batch: int | IntArray,
+    candidates: Layouts,
+    memory_limit: float | None = None,
+    blocks: Blocks | None = None,
 ) -> Evaluation:
     """Evaluate one optimizer step of `global_batch` sequences (one number, or one for each) under each candidate.
 
-    Candidates that don't divide the model or the batch get a time as if they did, and `fits` is false.
+    Candidates that don't divide the model or the batch get a time as if they did, and `fits` is false. Layers that
+    `blocks` has are not worked out again.
+
+    Three levels keep the work for a candidate small: layers depend on its shape (`block.SHAPE`); stages on that and
+    the pipeline (`_ROW`); exchanges over replicas and the model's state on how it is sharded (`_STATE`). Each level is
+    worked out once for each different combination, and a candidate gathers its own.
     """
     model, c = setting.model, candidates
-    shapes, which = shape_keys(c)
-    block = block_times(setting, shapes)
-    micro_batches = np.maximum(1, global_batch // np.maximum(1, c.data * c.micro_batch))
-    stages = deal_layers(model.layers, c)
-    times = _Stages(setting, c, block, which, stages)
+    blocks = blocks or known_blocks(setting, c)
+    batch = np.broadcast_to(np.asarray(global_batch, dtype=np.int64), (len(c),))
+    first_row, of_row = distinct(c, _ROW, batch)
+    first_state, of_state = distinct(c, _STATE)
+    rows = _Rows(setting, c.take(first_row), batch[first_row], blocks.times, blocks.which[first_row])
+    states = _States(setting, c.take(first_state))
 
-    slowest, per_batch = times.slowest()
-    m = micro_batches.astype(np.float64)
-    reasons = np.zeros((len(REASONS), len(c)))
-    reasons[: _RECOMPUTE + 1] = slowest * m
-    totals = [forward.sum(axis=0) + backward.sum(axis=0) for forward, backward in times.each]
-    idle = bubble(c, totals[0], totals[1], totals[2], times.weight_gradient)
-    reasons[REASONS.index("bubble")] = idle
-    reasons[REASONS.index("pipeline")] = _sends(setting, c, block.boundary_bytes[which], m)
-    parameters = stage_parameters(model, c, stages)
-    reasons[REASONS.index("data")] = _data_parallel(setting, c, parameters, times, m)
-    reasons[REASONS.index("optimizer")] = _optimizer(setting, c, parameters)
+    m = rows.micro_batches.take(of_row)
+    reasons = np.empty((len(REASONS), len(c)))
+    stages = rows.totals(c, of_row)
+    rows.slowest(c, of_row, stages, out=reasons[: _RECOMPUTE + 1])
+    reasons[: _RECOMPUTE + 1] *= m
+    weight_gradient = rows.weight_gradient.take(of_row)
+    reasons[REASONS.index("bubble")] = bubble(c, stages[0], stages[1], stages[2], weight_gradient)
+    reasons[REASONS.index("pipeline")] = rows.sends.take(of_row)
+    reasons[REASONS.index("data")] = _exposed(setting, c, states, of_state, *rows.layer_times(c, of_row), m)
+    reasons[REASONS.index("optimizer")] = states.optimizer.take(of_state)
     reasons[REASONS.index("host")] = setting.software.step_host_s
-    before = reasons.sum(axis=0)
-    jitter = setting.calibration.jitter_per_doubling if setting.device.kind == "gpu" else 0.0
-    reasons[REASONS.index("jitter")] = before * jitter * np.log2(np.maximum(c.devices, 1))
-    step = reasons.sum(axis=0)
+    before = reasons[:-1].sum(axis=0)
+    reasons[REASONS.index("jitter")] = before * rows.jitter.take(of_row)
+    step = before + reasons[-1]
 
-    memory = memory_bytes(setting, c, stages, micro_batches)
+    memory = memory_bytes(setting, c, (states.bytes, of_state), (rows.kept, of_row))
     limit = setting.device.memory_bytes if memory_limit is None else memory_limit
-    fits = fits_model(model, setting.seq_len, global_batch, c) & (memory.sum(axis=0) <= limit)
-    tokens = np.asarray(global_batch, dtype=np.float64) * setting.seq_len
-    flop = training_flop_per_token(model, setting.seq_len) * tokens
-    peaks = np.array([setting.device.peak_flops.get(name, np.nan) for name in PRECISIONS])
-    mfu = flop / step / (peaks[c.precision] * c.devices)
-    return Evaluation(c, step, reasons, memory, fits, mfu, tokens / step)
+    fits = rows.divides.take(of_row) & (memory.sum(axis=0) <= limit)
+    mfu = rows.ideal.take(of_row) / step
+    return Evaluation(c, step, reasons, memory, fits, mfu, rows.tokens.take(of_row) / step)
 
 
-class _Stages:
-    """Times of a micro batch in the first, a middle and the last stage, gathered from the shapes' layers."""
+class _Rows:
+    """Times of a micro batch in the first, a middle and the last stage of W layouts, gathered from layers.
 
-    def __init__(self, setting: Setting, c: Layouts, block: BlockTimes, which: IntArray, stages: Stages) -> None:
-        self.setting, self.c, self.block, self.which = setting, c, block, which
-        model = setting.model
+    What is recomputed is left open: `totals`, `slowest` and `layer_times` add it for candidates, whose positions among
+    the W layouts are `of_row`.
+    """
+
+    def __init__(self, setting: Setting, c: Layouts, batch: IntArray, block: BlockTimes, which: IntArray) -> None:
+        model, self.size = setting.model, len(c)
+        self.block, self.which = block, which
+        micro_batches = np.maximum(1, batch // np.maximum(1, c.data * c.micro_batch))
+        self.micro_batches = micro_batches.astype(np.float64)
+        stages = deal_layers(model.layers, c)
         alone = c.pipeline == 1
-        self.parts: list[tuple[FloatArray, FloatArray]] = []
-        """Per stage: times by component with recomputation as a last row, and the forward part's sum."""
-        self.each: list[tuple[FloatArray, FloatArray]] = []
+        parts, again = [], []
         for kind, layers in (("first", stages.first), ("middle", stages.middle), ("last", stages.last)):
             dense = dense_layers_of(model, c, kind, layers)
-            forward = self._layers("forward", dense, layers - dense)
-            backward = self._layers("backward", dense, layers - dense)
-            again = self._recomputed(dense, layers - dense)
+            both = self._layers(lambda layer: layer.forward + layer.backward, dense, layers - dense)
+            head = (block.head_forward + block.head_backward)[:, which]
             if kind == "first":
-                forward = forward + block.embedding[:, which]
+                both += block.embedding[:, which] + np.where(alone, head, 0.0)
             if kind == "last":
-                forward = forward + block.head_forward[:, which] + np.where(alone, block.embedding[:, which], 0.0)
-                backward = backward + block.head_backward[:, which]
-            elif kind == "first":
-                forward = forward + np.where(alone, block.head_forward[:, which], 0.0)
-                backward = backward + np.where(alone, block.head_backward[:, which], 0.0)
-            both = np.concatenate([forward + backward, again[None, :]])
-            self.parts.append((both, forward.sum(axis=0)))
-            self.each.append((forward, np.concatenate([backward, again[None, :]])))
-        middle = stages.middle.astype(np.float64)
+                both += head + np.where(alone, block.embedding[:, which], 0.0)
+            parts.append(both)
+            again.append(self._layers(_recomputed, dense, layers - dense))
+        self.times = np.stack(parts, axis=1).reshape(len(COMPONENTS), -1)
+        """By component and, flat, by stage and layout: (K, 3 W)."""
+        self.plain = [both.sum(axis=0) for both in parts]
+        self.again = [kinds.reshape(-1) for kinds in again]
+        """By stage what each kind of recomputation of all layers adds, flat: (R W,)."""
         layer = block.experts or block.dense
         assert layer is not None
-        self.weight_gradient = middle * layer.weight_gradient[which]
+        self.weight_gradient = stages.middle * layer.weight_gradient[which]
+        shares = (model.dense_layers / model.layers, model.moe_layers / model.layers)
+        self.layer_forward = self._layers(lambda layer: layer.forward.sum(axis=0), *shares)
+        self.layer_backward = self._layers(lambda layer: layer.backward.sum(axis=0), *shares)
+        self.layer_again = self._layers(_recomputed, *shares).reshape(-1)
+        self.sends = _sends(setting, c, block.boundary_bytes[which], self.micro_batches)
+        jitter = setting.calibration.jitter_per_doubling if setting.device.kind == "gpu" else 0.0
+        self.jitter = jitter * np.log2(np.maximum(c.devices, 1))
+        self.kept = kept_bytes(setting, c, stages, micro_batches)
+        self.divides = fits_model(model, setting.seq_len, batch, c)
+        self.tokens = batch.astype(np.float64) * setting.seq_len
+        flop = training_flop_per_token(model, setting.seq_len) * self.tokens
+        peaks = np.array([setting.device.peak_flops.get(name, np.nan) for name in PRECISIONS])  # type: ignore[call-overload]
+        self.ideal = flop / (peaks[c.precision] * c.devices)
+        """Seconds of the model's FLOPs at the devices' peak."""
 
-    def _layers(self, what: str, dense: IntArray, experts: IntArray) -> FloatArray:
-        out = np.zeros((len(COMPONENTS), len(self.c)))
+    def _layers(
+        self, what: Callable[[LayerTimes], FloatArray], dense: IntArray | float, experts: IntArray | float
+    ) -> FloatArray:
+        """So many dense layers and layers with experts of each layout, of something of shape (..., U)."""
+        out: FloatArray = np.zeros(self.size)
         if self.block.dense is not None:
-            out += getattr(self.block.dense, what)[:, self.which] * dense
+            out = out + what(self.block.dense)[..., self.which] * dense
         if self.block.experts is not None:
-            out += getattr(self.block.experts, what)[:, self.which] * experts
+            out = out + what(self.block.experts)[..., self.which] * experts
         return out
 
-    def _recomputed(self, dense: IntArray, experts: IntArray) -> FloatArray:
-        out = np.zeros(len(self.c))
-        for layer, count in ((self.block.dense, dense), (self.block.experts, experts)):
-            if layer is not None:
-                again = np.stack([kind.sum(axis=0) for kind in layer.recompute])
-                out += again[self.c.recompute, self.which] * count
-        return out * self.c.recompute_share
+    def totals(self, c: Layouts, of_row: IntArray) -> tuple[FloatArray, ...]:
+        """Each stage's time for one micro batch, forward, backward and what is computed again."""
+        place = c.recompute * self.size + of_row
+        return tuple(
+            plain.take(of_row) + again.take(place) * c.recompute_share
+            for plain, again in zip(self.plain, self.again, strict=True)
+        )
 
-    def slowest(self) -> tuple[FloatArray, FloatArray]:
-        """The slowest stage's time for one micro batch, by component with recomputation last, and in all."""
-        totals = np.stack([both.sum(axis=0) for both, _ in self.parts])
-        position = np.argmax(totals, axis=0)
-        parts = [both for both, _ in self.parts]
-        chosen = np.where(position == 0, parts[0], np.where(position == 1, parts[1], parts[2]))
-        return chosen, totals.max(axis=0)
+    def slowest(self, c: Layouts, of_row: IntArray, stages: Sequence[FloatArray], out: FloatArray) -> None:
+        """The slowest stage's time for one micro batch: by component, recomputation as a last row."""
+        position = np.where(stages[1] > stages[0], 1, 0)
+        position = np.where(stages[2] > np.maximum(stages[0], stages[1]), 2, position)
+        here = position * self.size + of_row
+        for component, times in enumerate(self.times):
+            np.take(times, here, out=out[component], mode="clip")
+        place = c.recompute * self.size + of_row
+        again = choose(position, [kinds.take(place) for kinds in self.again])
+        np.multiply(again, c.recompute_share, out=out[-1])
 
-    def layer_times(self) -> tuple[FloatArray, FloatArray]:
+    def layer_times(self, c: Layouts, of_row: IntArray) -> tuple[FloatArray, FloatArray]:
         """Forward and backward time of one layer (recomputation included), averaged over the network's layers."""
-        model = self.setting.model
-        forward, backward = np.zeros(len(self.c)), np.zeros(len(self.c))
-        for layer, share in (
-            (self.block.dense, model.dense_layers / model.layers),
-            (self.block.experts, model.moe_layers / model.layers),
-        ):
-            if layer is not None:
-                again = np.stack([kind.sum(axis=0) for kind in layer.recompute])[self.c.recompute, self.which]
-                forward += share * layer.forward.sum(axis=0)[self.which]
-                backward += share * (layer.backward.sum(axis=0)[self.which] + again * self.c.recompute_share)
-        return forward, backward
+        again = self.layer_again.take(c.recompute * self.size + of_row) * c.recompute_share
+        return self.layer_forward.take(of_row), self.layer_backward.take(of_row) + again
+
+
+def _recomputed(layer: LayerTimes) -> FloatArray:
+    """What each kind of recomputation adds to a layer's backward pass, (R, U)."""
+    return np.stack([kind.sum(axis=0) for kind in layer.recompute])
 
 
 def _sends(setting: Setting, c: Layouts, sent_bytes: FloatArray, m: FloatArray) -> FloatArray:
@@ -178,23 +229,32 @@ def _sends(setting: Setting, c: Layouts, sent_bytes: FloatArray, m: FloatArray) 
     return np.where(c.pipeline > 1, (hops + steady) * each, 0.0)
 
 
-def _data_parallel(
-    setting: Setting, c: Layouts, parameters: tuple[StageParameters, ...], times: _Stages, m: FloatArray
-) -> FloatArray:
-    """Exposed communication over replicas: gradients reduced, sharded weights gathered.
+class _States:
+    """The model's state under S ways to shard it: its bytes, its update, and the exchanges that keep replicas equal."""
+
+    def __init__(self, setting: Setting, c: Layouts) -> None:
+        stages = deal_layers(setting.model.layers, c)
+        parameters = stage_parameters(setting.model, c, stages)
+        self.layers = np.maximum(parameters[1].layers, 1.0)
+        self.reduced, self.gathered, self.tied = _exchanges(setting, c, parameters)
+        self.optimizer = _optimizer(setting, c, parameters)
+        self.bytes = state_bytes(setting, c, parameters)
+
+
+def _exchanges(
+    setting: Setting, c: Layouts, parameters: tuple[StageParameters, ...]
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Seconds to reduce the gradients over replicas, to gather sharded weights, and to sum tied embeddings.
 
     Replicated weights (DDP): one all-reduce of the gradients. Sharded optimizer state: a reduce-scatter of the
-    gradients and an all-gather of the weights (Rajbhandari et al. 2019). Overlapped, the reduction runs beside the
-    backward pass of the last micro batch and the gathering beside the forward pass of the first; what is longer
-    stays, and at least one layer's share of each does. Sharded weights (FSDP, Zhao et al. 2023): each layer gathers
-    its weights before its forward and its backward pass and reduces its gradients behind it, in every micro batch.
+    gradients and an all-gather of the weights (Rajbhandari et al. 2019). Shards among fewer ranks than replicas (HSDP):
+    their sums are all-reduced over the others.
     """
     software, fabric, model = setting.software, setting.fabric, setting.model
     replicas = c.data * c.context
     first, middle, last = parameters
     plain = np.maximum(np.maximum(first.plain, middle.plain), last.plain)
     experts = np.maximum(np.maximum(first.experts, middle.experts), last.experts)
-    layers = np.maximum(middle.layers, 1.0)
     expert_replicas = np.maximum(1, replicas * c.tensor // (c.expert * c.expert_tensor))
     expert_stride = c.expert * c.expert_tensor
     gradient = float(software.gradient_bytes)
@@ -218,7 +278,35 @@ def _data_parallel(
         experts > 0, fabric.all_gather(experts * weight_bytes, expert_replicas, expert_stride), 0.0
     )
     gathered = np.where(c.zero_stage == 0, 0.0, gathered)
-    layer_forward, layer_backward = times.layer_times()
+    tied = np.zeros(len(c))
+    # Tied embeddings stand in the first and the last stage, and their gradients are summed over both.
+    if model.tied_embeddings:
+        table = device_parameters(model, c).embedding * gradient_bytes
+        stride = c.tensor * c.context * c.data
+        pair = np.full(len(c), 2, dtype=np.int64)
+        tied = np.where(c.pipeline > 1, fabric.all_reduce(table, pair, stride * (c.pipeline - 1)), 0.0)
+    return reduced, gathered, tied
+
+
+def _exposed(
+    setting: Setting,
+    c: Layouts,
+    states: _States,
+    of_state: IntArray,
+    layer_forward: FloatArray,
+    layer_backward: FloatArray,
+    m: FloatArray,
+) -> FloatArray:
+    """What stays exposed of the exchanges over replicas.
+
+    Overlapped, the reduction runs beside the backward pass of the last micro batch and the gathering beside the forward
+    pass of the first; what is longer stays, and at least one layer's share of each does. Sharded weights (FSDP, Zhao et
+    al. 2023): each layer gathers its weights before its forward and its backward pass and reduces its gradients behind
+    it, in every micro batch.
+    """
+    software = setting.software
+    reduced, gathered = states.reduced.take(of_state), states.gathered.take(of_state)
+    layers = states.layers.take(of_state)
     slow = 1.0 + setting.calibration.overlap_slowdown
     if software.data_overlap:
         # Interleaved, a chunk's gradients are ready while p micro batches go through each of the chunks before it.
@@ -238,14 +326,7 @@ def _data_parallel(
         always = m * (exposed + (slow - 1.0) * np.maximum(0.0, moved - exposed))
     else:
         always = m * moved
-    data = np.where(c.zero_stage == 3, always, once)
-    # Tied embeddings stand in the first and the last stage, and their gradients are summed over both.
-    if model.tied_embeddings:
-        table = device_parameters(model, c).embedding * gradient_bytes
-        stride = c.tensor * c.context * c.data
-        pair = np.full(len(c), 2, dtype=np.int64)
-        data = data + np.where(c.pipeline > 1, fabric.all_reduce(table, pair, stride * (c.pipeline - 1)), 0.0)
-    return data
+    return np.where(c.zero_stage == 3, always, once) + states.tied.take(of_state)
 
 
 def _optimizer(setting: Setting, c: Layouts, parameters: tuple[StageParameters, ...]) -> FloatArray:
