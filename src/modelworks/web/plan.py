@@ -372,6 +372,7 @@ class _Slider:
                 self._label = ui.label(say(self._values[place])).classes("value")
             self._slider = ui.slider(min=0, max=len(self._values) - 1, step=1, value=place, on_change=self._moved)
             self._slider.props(f'dense aria-label="{title}"')
+            self._tell(self._values[place])
 
     def offer(self, values: Sequence[int]) -> None:
         """Offer other values, the nearest to the present one chosen."""
@@ -380,7 +381,7 @@ class _Slider:
         place = _nearest(self._values, now)
         self._slider.props(f"max={len(self._values) - 1}")
         self._slider.set_value(place)
-        self._label.set_text(self._say(self._values[place]))
+        self._tell(self._values[place])
         self._then(self._values[place])
 
     def choose(self, value: int) -> None:
@@ -389,8 +390,13 @@ class _Slider:
 
     def _moved(self, event: Any) -> None:
         value = self._values[min(int(event.value), len(self._values) - 1)]
-        self._label.set_text(self._say(value))
+        self._tell(value)
         self._then(value)
+
+    def _tell(self, value: int) -> None:
+        """Say the value, also to those who don't see it."""
+        self._label.set_text(self._say(value))
+        self._slider.props(f'aria-valuetext="{self._say(value)}"')
 
 
 def _nearest(values: Sequence[int], value: int) -> int:
