@@ -42,7 +42,8 @@ class Parameter:
     low: float
     high: float
     where: tuple[str, ...]
-    """("calibration", field), ("sustained", device, precision), or ("software", names..., field)."""
+    """("calibration", field), ("sustained", device, precisions...), or ("software", names..., field). Further precisions
+    keep H100's ratio to the first."""
 
 
 @dataclass(frozen=True)
@@ -72,15 +73,27 @@ STAGES = (
         (
             Parameter("H100 sustained, bf16", 0.9, 0.5, 1.3, ("sustained", "h100-sxm", "bf16")),
             Parameter("H100 sustained, fp8", 0.9, 0.5, 1.3, ("sustained", "h100-sxm", "fp8")),
-            Parameter("cast", 4.0, 1.0, 12.0, ("calibration", "cast_bytes")),
-            Parameter("attention backward", 3.0, 2.5, 4.0, ("calibration", "attention_backward")),
+            Parameter("cast", 4.0, 2.0, 8.0, ("calibration", "cast_bytes")),
+            Parameter("attention backward", 3.0, 2.5, 3.5, ("calibration", "attention_backward")),
             Parameter("jitter", 0.003, 0.0, 0.01, ("calibration", "jitter_per_doubling")),
             Parameter("overlap slowdown", 0.2, 0.0, 1.0, ("calibration", "overlap_slowdown")),
+            Parameter("all-to-all", 0.7, 0.3, 1.0, ("calibration", "all_to_all_efficiency")),
             Parameter("pipeline exposure", 0.2, 0.0, 1.0, ("calibration", "pipeline_exposure")),
             Parameter("tensor overlap", 0.5, 0.0, 1.0, ("software", *MEGATRON_CORE, "tensor_overlap_forward")),
             Parameter("tensor overlap, backward", 0.5, 0.0, 1.0, ("software", *MEGATRON_CORE, "tensor_overlap_backward")),
+            Parameter("element-wise traffic", 1.3, 1.0, 4.0, ("software", *MEGATRON_CORE, "stream_factor")),
             Parameter("expert host", 4e-4, 0.0, 5e-3, ("software", *MEGATRON_CORE, "expert_host_s")),
         ),
+    ),
+    Stage(
+        "B200",
+        lambda row: row["gpu"].startswith("B200"),
+        (Parameter("B200 sustained", 0.8, 0.3, 1.3, ("sustained", "b200", "bf16")),),
+    ),
+    Stage(
+        "H100 of 500 W",
+        lambda row: row["gpu"].startswith("H100-9"),
+        (Parameter("H100 of 500 W sustained", 0.8, 0.3, 1.3, ("sustained", "h100-hbm2e", "bf16", "fp8")),),
     ),
 )
 
@@ -129,7 +142,13 @@ def changed(
         if kind == "calibration":
             fields[path[0]] = value
         elif kind == "sustained":
-            sustained.setdefault(path[0], {})[path[1]] = value
+            device, first, *others = path
+            h100 = sustained["h100-sxm"]
+            of_device = sustained.setdefault(device, {})
+            of_device[first] = value
+            of_device.update({name: value * h100[name] / h100[first] for name in others})
+            if device == "h100-sxm":
+                fields["sustained_default"] = dict(of_device)
         else:
             for name in path[:-1]:
                 software.setdefault(name, {})[path[-1]] = value
@@ -182,29 +201,34 @@ def main() -> None:
                 part = fitted(runs, calibration, stage.parameters, ~hidden)
                 unseen[hidden] = (np.exp(runs.errors(*changed(calibration, stage.parameters, part))) - 1)[hidden]
             print(f"  runs not seen:     mean error {np.abs(unseen).mean():.1%}, bias {unseen.mean():+.1%}")
-        calibration, _ = changed(calibration, stage.parameters, values)
+        calibration, software = changed(calibration, stage.parameters, values)
         if arguments.write:
-            for parameter, value in zip(stage.parameters, values, strict=True):
-                write(parameter, float(value))
+            write(calibration, software)
 
 
-def write(parameter: Parameter, value: float) -> None:
-    """Put one value into the catalog's file, leaving all else as it stands."""
+def write(calibration: CalibrationSpec, software: dict[str, dict[str, float]]) -> None:
+    """Put fitted values into the catalog's files, leaving all else in them as it stands."""
     catalog = Path(str(files("modelworks.spec.catalog")))
-    kind, *path = parameter.where
-    if kind == "software":
-        targets = [(catalog / "software" / f"{name}.toml", path[-1], "") for name in path[:-1]]
-    elif kind == "sustained":
-        targets = [(catalog / "calibration" / "planner.toml", path[1], f"[sustained.{path[0]}]")]
-    else:
-        targets = [(catalog / "calibration" / "planner.toml", path[0], "")]
-    for file, field, table in targets:
-        text = file.read_text(encoding="utf-8")
-        head, table, tail = text.partition(table) if table else ("", "", text)
-        tail, count = re.subn(rf"(?m)^{field} = .*$", f"{field} = {value:.4g}", tail, count=1)
-        if not count:
-            raise SystemExit(f"{file.name} has no line for {field}")
-        file.write_text(head + table + tail, encoding="utf-8")
+    planner = catalog / "calibration" / "planner.toml"
+    for name, value in calibration.model_dump().items():
+        if isinstance(value, float):
+            _replace(planner, "", name, value)
+    tables = {f"sustained.{device}": rates for device, rates in calibration.sustained.items()}
+    for table, rates in ({"sustained_default": calibration.sustained_default} | tables).items():
+        for precision, rate in rates.items():
+            _replace(planner, f"[{table}]", precision, rate)
+    for name, traits in software.items():
+        for trait, value in traits.items():
+            _replace(catalog / "software" / f"{name}.toml", "", trait, value)
+
+
+def _replace(file: Path, table: str, field: str, value: float) -> None:
+    text = file.read_text(encoding="utf-8")
+    head, table, tail = text.partition(table) if table else ("", "", text)
+    tail, count = re.subn(rf"(?m)^{field} = .*$", f"{field} = {value:.4g}", tail, count=1)
+    if not count:
+        raise SystemExit(f"{file.name} has no line for {table} {field}")
+    file.write_text(head + table + tail, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -107,19 +107,51 @@ def _plan(
 # --- train, runs ------------------------------------------------------------------------------------------------------
 
 
+@app.command("accuracy")
+def _accuracy(
+    runs: Annotated[Path, typer.Argument(metavar="RUNS.csv", help="Measured runs; docs/how-to/plan.md has the columns.")],
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Draw predicted against measured: .svg or .html.")
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Hold the planner's predictions against measured runs: errors per source, the worst runs and why.
+
+    Example: [bold]modelworks accuracy runs.csv --plot accuracy.html[/bold]
+    """
+    from modelworks.plan.accuracy import as_json as contract
+    from modelworks.plan.accuracy import predict_runs, read_runs, table
+    from modelworks.plan.scatter import write_scatter
+
+    rows = read_runs(runs)
+    results = _with_progress(lambda progress: predict_runs(rows, progress=lambda n, of: progress("predicting", n, of)))
+    if plot is not None:
+        write_scatter(results, plot)
+    if as_json:
+        print(json.dumps(contract(results), indent=1))
+    else:
+        console.print(table(results))
+
+
 @app.command("bench")
-def _bench(as_json: JsonFlag = False) -> None:
-    """Measure this machine (matrix multiplication, memory) into a hardware file that planning reads. Takes 5 seconds.
+def _bench(
+    quick: Annotated[bool, typer.Option("--quick", help="Peaks only: 5 seconds instead of up to a minute.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Measure this machine into a hardware file that planning reads: matrices, memory, collectives, disk, overheads.
 
     Example: [bold]modelworks bench --json[/bold]
     """
     from rich.progress import Progress
 
     from modelworks.train.machine import measure, write_hardware_file
+    from modelworks.train.view import bench_tables
 
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("measuring", total=1.0)
-        device = measure(progress=lambda what, done: progress.update(task, description=what, completed=done))
+        device = measure(
+            progress=lambda what, done: progress.update(task, description=what, completed=done), tables=not quick
+        )
     path = write_hardware_file(device)
     if as_json:
         print(json.dumps({"file": str(path)} | device.model_dump(mode="json", exclude_none=True), indent=1))
@@ -127,6 +159,8 @@ def _bench(as_json: JsonFlag = False) -> None:
     for precision, rate in device.peak_flops.items():
         console.print(f"matrix multiplication in {precision}: {rate / 1e9:,.1f} GFLOP/s")
     console.print(f"memory: {device.memory_bandwidth_bytes / 1e9:,.1f} GB/s, {device.memory_bytes / 2**30:.1f} GiB")
+    for table in bench_tables(device):
+        console.print(table)
     console.print(f"written to {path}", soft_wrap=True)
 
 
@@ -137,7 +171,9 @@ def _train(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a field: train.seq_len=256.")
     ] = None,
     on: Annotated[str, typer.Option("--on", help="Where to train: local.")] = "local",
-    nproc: Annotated[int, typer.Option("--nproc", help="Processes: 1.")] = 1,
+    nproc: Annotated[
+        int | None, typer.Option("--nproc", help="Processes on this machine, instead of the spec's cluster.gpus.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run from its last good checkpoint.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
@@ -150,10 +186,9 @@ def _train(
     from modelworks.spec.files import load_run
     from modelworks.train.interrupt import Interrupted, exit_code
     from modelworks.train.view import NoView, view_for
-    from modelworks.train_command import refuse_engine, train_and_release
+    from modelworks.train_command import engine_overrides, train_and_release
 
-    refuse_engine(on, nproc)
-    spec = load_run(file, overrides or [])
+    spec = load_run(file, [*(overrides or []), *engine_overrides(on, nproc)])
     view = NoView() if as_json else view_for(spec.name, console)
     say = (lambda text: None) if as_json else console.print
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,14 +18,18 @@ from modelworks.spec.files import device_spec
 from modelworks.spec.home import write_atomically
 from modelworks.spec.run import RunSpec
 from modelworks.train.interrupt import Interrupted
-from modelworks.train.record import RunRecord
-from modelworks.train.session import open_run
+from modelworks.train.record import MetricsReader, RunRecord, Status
+from modelworks.train.session import RunSession, open_run
+from modelworks.train.worker import FINAL_CODES
 
 if TYPE_CHECKING:
+    from modelworks.launch.elastic import Failure
     from modelworks.train.loop import TrainResult
     from modelworks.train.view import View
 
 logger = logging.getLogger(__name__)
+_LOOK_S = 0.25
+"""How often a run's other processes are looked at."""
 Say = Callable[[str], None]
 
 
@@ -50,9 +55,12 @@ def train_and_release(spec: RunSpec, resume: bool, view: View, say: Say) -> tupl
     """
     with open_run(spec, resume) as session:
         _write_plan(session.folder, spec)
-        from modelworks.train.loop import train
+        if spec.cluster.gpus == 1:
+            from modelworks.train.loop import train
 
-        result = train(session, view)
+            result = train(session, view)
+        else:
+            result = train_in_processes(session, view)
         released = None
         if result.state == "finished" and spec.release.to:
             session.report(message="releasing")
@@ -63,6 +71,63 @@ def train_and_release(spec: RunSpec, resume: bool, view: View, say: Say) -> tupl
                 raise
             session.report(message=None, released=True, served_as=released["served_as"])
     return result, released
+
+
+def train_in_processes(session: RunSession, view: View) -> TrainResult:
+    """Train the session's run on as many processes of this machine as its cluster has devices.
+
+    The session stays with this process, which prepares the data, shows what the others report, passes signals on to
+    them, and says how it ended. A process that is lost is replaced and the run goes on from its last checkpoint.
+
+    Raises
+    ------
+    InputError, OperationError
+        As `train` does; with the words of the process that failed.
+    Interrupted
+        If a signal ended the work before it could be saved.
+    """
+    from modelworks.launch.elastic import Processes
+    from modelworks.train.loop import TrainResult, prepare_data, refuse_unsupported
+
+    record, interrupt, processes = RunRecord(session.folder), session.interrupt, session.spec.cluster.gpus
+    refuse_unsupported(session.spec, processes)
+    with view:
+        prepare_data(session, view)
+        reader = MetricsReader(session.folder)
+        reader.read()
+        arguments = ["-m", "modelworks.train.worker", str(session.folder), *(["--resume"] if session.resume else [])]
+        work = Processes(arguments, processes, session.folder / "processes", FINAL_CODES, lambda: _newest_step(record))
+        try:
+            interrupt.graceful, passed_on = True, False
+            while not work.wait(_LOOK_S):
+                if interrupt.received is not None and not passed_on:
+                    work.signal(signal.SIGTERM)
+                    passed_on = True
+                session.reread()
+                view.show(session.status, reader.read()[0])
+        finally:
+            interrupt.graceful = False
+            work.kill()
+        session.reread()
+        view.show(session.status, reader.read()[0])
+    if session.status.state not in ("finished", "stopped"):
+        if interrupt.received is not None:
+            raise Interrupted(interrupt.received)
+        raise _end_of(work.failure, session.status)
+    return TrainResult.of_checkpoint(record.checkpoints()[-1], session.status.state, interrupt.received)
+
+
+def _end_of(failure: Failure | None, status: Status) -> InputError | OperationError:
+    """The error that a failed process ended with, in this process."""
+    if failure is None:
+        return OperationError(f"the run's processes ended without having finished: {status.message}")
+    if failure.exit_code in FINAL_CODES:
+        return FINAL_CODES[failure.exit_code](failure.last_words)
+    return OperationError(f"{failure}; its output is in the run's folder, in processes")
+
+
+def _newest_step(record: RunRecord) -> float:
+    return float(max((int(path.name.removeprefix("step-")) for path in record.checkpoints()), default=-1))
 
 
 def release(folder: Path, spec: RunSpec, say: Say) -> dict[str, Any]:
@@ -115,8 +180,8 @@ def compare(record: RunRecord) -> dict[str, dict[str, float | None]]:
     }
 
 
-def refuse_engine(on: str, processes: int) -> None:
-    """Refuse what isn't this machine and one process.
+def engine_overrides(on: str, processes: int | None) -> list[str]:
+    """What ``--on`` and ``--nproc`` change in a run spec: the devices of its cluster, which are processes here.
 
     Raises
     ------
@@ -125,8 +190,11 @@ def refuse_engine(on: str, processes: int) -> None:
     """
     if on != "local":
         raise InputError(f"--on {on} is not accepted: local (this machine) is")
-    if processes != 1:
-        raise InputError(f"--nproc {processes} is not accepted: 1 process is")
+    if processes is None:
+        return []
+    if processes < 1:
+        raise InputError(f"--nproc {processes} is not accepted: 1 or more is")
+    return [f"cluster.{field}={processes}" for field in ("gpus", "gpus_per_node", "scale_up_domain")]
 
 
 def _write_plan(folder: Path, spec: RunSpec) -> None:

@@ -229,7 +229,6 @@ def test_a_time_budget_ends_the_run_with_the_schedule_decayed(make_spec: MakeSpe
     ("sections", "sentence"),
     [
         ({"train": {"precision": "fp8"}}, "train.precision = 'fp8'"),
-        ({"parallel": {"tensor": 2}, "cluster": {"gpus": 2, "gpus_per_node": 2}}, "parallel.tensor = 2"),
         ({"cluster": {"gpus": 2, "gpus_per_node": 2}}, "cluster.gpus = 2"),
         ({"model": {"layers": 100, "hidden": 65536, "ffn_hidden": 65536}}, "GiB to train"),
     ],

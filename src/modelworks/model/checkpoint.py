@@ -5,6 +5,9 @@ as safetensors files, so that reading it never runs code (DCP's usual ``.metadat
 ``state.json`` (position, metrics offset: what is no tensor) and, written last, ``manifest.json`` with the size and
 SHA-256 of every file. The folder is written under a hidden name, flushed to disk and renamed: a crash at any moment
 leaves the older checkpoints and at most a hidden folder that the next save removes.
+
+Several processes save and load together: each writes and reads the parts of the tensors that it holds, the first one
+commits, and what fails on one process fails on all. A checkpoint knows nothing of how many wrote it.
 """
 
 from __future__ import annotations
@@ -17,9 +20,9 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
     from modelworks.model.decoder import Decoder
 
 logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
 _FILE_BYTES = 1 << 29
 """DCP builds each file in memory before writing it; this bounds what that takes."""
 
@@ -43,8 +47,18 @@ def folders(run_folder: Path) -> list[Path]:
     return sorted((run_folder / "checkpoints").glob("step-*"), reverse=True)
 
 
+def folder_of(run_folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step stands once it is committed."""
+    return run_folder / "checkpoints" / f"step-{step:08d}"
+
+
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint's folder."""
+    return int(folder.name.removeprefix("step-"))
+
+
 def save(run_folder: Path, step: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> Path:
-    """Write a checkpoint and commit it.
+    """Write a checkpoint and commit it; all processes of a run call this together.
 
     Parameters
     ----------
@@ -67,22 +81,14 @@ def save(run_folder: Path, step: int, tensors: Mapping[str, torch.Tensor], state
     OperationError
         If it can't be written, such as on a full disk; older checkpoints stand, nothing partial is left.
     """
-    parent = run_folder / "checkpoints"
-    target = parent / f"step-{step:08d}"
-    temporary = parent / f".step-{step:08d}.tmp"
+    target = folder_of(run_folder, step)
+    temporary = target.with_name(f".{target.name}.tmp")
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        _clear_leftovers(parent)
-        temporary.mkdir()
+        _on_all(lambda: _begin(temporary) if _first_process() else None)
         _write_tensors(temporary, tensors)
-        write_atomically(temporary / "state.json", json.dumps({**state, "step": step}, indent=1) + "\n")
-        write_atomically(temporary / "manifest.json", json.dumps(_manifest(temporary, step), indent=1) + "\n")
-        _flush_folder(temporary)
-        if target.exists():  # A damaged one that a resume passed over and has now reached again.
-            target.rename(target.with_name(f".{target.name}.old.tmp"))
-        temporary.rename(target)
-        _flush_folder(parent)
-        _clear_leftovers(parent)
+        described = _on_all(lambda: _describe(temporary, f"shard-{_process() + 1:05d}-*"))
+        files = {name: entry for part in described for name, entry in part.items()}
+        _on_all(lambda: _commit(temporary, target, step, state, files) if _first_process() else None)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise OperationError(f"the checkpoint of step {step} cannot be written: {reason(error)}") from error
@@ -213,9 +219,31 @@ def _write_tensors(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         state_dict_saver.save(dict(tensors), storage_writer=writer, no_dist=_single_process())
 
 
-def _manifest(folder: Path, step: int) -> dict[str, Any]:
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(folder.iterdir())}
-    return {"format": 1, "step": step, "files": files}
+def _begin(temporary: Path) -> None:
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    _clear_leftovers(temporary.parent)
+    temporary.mkdir()
+
+
+def _commit(
+    temporary: Path, target: Path, step: int, state: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Write what is no tensor, and give the folder its name."""
+    write_atomically(temporary / "state.json", json.dumps({**state, "step": step}, indent=1) + "\n")
+    manifest = {"format": 1, "step": step, "files": {**files, **_describe(temporary, "state.json")}}
+    write_atomically(temporary / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+    _flush_folder(temporary)
+    if target.exists():  # A damaged one that a resume passed over and has now reached again.
+        target.rename(target.with_name(f".{target.name}.old.tmp"))
+    temporary.rename(target)
+    _flush_folder(target.parent)
+    _clear_leftovers(target.parent)
+
+
+def _describe(folder: Path, pattern: str) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of each file whose name fits a pattern."""
+    paths = sorted(folder.glob(pattern))
+    return {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in paths}
 
 
 def _sha256(path: Path) -> str:
@@ -234,6 +262,31 @@ def _flush_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _on_all(work: Callable[[], Result]) -> list[Result]:
+    """Do each process's part of something and return all parts; what the system refuses to one, it refuses to all."""
+    if _single_process():
+        return [work()]
+    result, failure = None, None
+    try:
+        result = work()
+    except OSError as error:
+        failure = (error.errno or errno.EIO, str(error))
+    parts: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, (result, failure))
+    for _, refused in parts:
+        if refused is not None:
+            raise OSError(*refused)
+    return [part for part, _ in parts]
+
+
+def _process() -> int:
+    return 0 if _single_process() else torch.distributed.get_rank()
+
+
+def _first_process() -> bool:
+    return _process() == 0
 
 
 def _single_process() -> bool:

@@ -11,6 +11,7 @@ import csv
 import fnmatch
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Group, RenderableType
+from rich.table import Table
 
 from modelworks.plan.layout import PRECISIONS, Layouts, joined, layouts
 from modelworks.plan.planner import Candidate, candidate, setting_for, software_spec
@@ -191,6 +194,40 @@ def as_json(results: list[RunResult]) -> dict[str, Any]:
             for r in results
         ],
     }
+
+
+def table(results: list[RunResult], worst: int = 10) -> Group:
+    """For the terminal: errors per source and device, the worst runs with their largest reasons, the failures."""
+    shown = Table("source", "device", "runs", "failed", "mean error", "median", "90 %", "bias", "memory")
+    for source in dict.fromkeys(result.source for result in results):
+        for device in dict.fromkeys(result.gpu for result in results if result.source == source):
+            found = summary([r for r in results if r.source == source and r.gpu == device])
+            errors = (found.mape, found.median, found.p90)
+            shown.add_row(
+                source,
+                device,
+                str(found.n),
+                str(found.failed or ""),
+                *("" if error is None else f"{error:.1%}" for error in errors),
+                "" if found.bias is None else f"{found.bias:+.1%}",
+                "" if found.memory_mape is None else f"{found.memory_mape:.1%}",
+            )
+    predicted = [result for result in results if result.error is not None]
+    far = Table("worst predicted", "measured", "predicted", "error", "of which")
+    for result in sorted(predicted, key=lambda r: -abs(r.error or 0.0))[:worst]:
+        largest = sorted((result.reasons or {}).items(), key=lambda item: -item[1])[:3]
+        reasons = ", ".join(f"{reason} {seconds:.3g} s" for reason, seconds in largest)
+        far.add_row(
+            result.run_id, f"{result.measured_s:.4g} s", f"{result.predicted_s:.4g} s", f"{result.error:+.1%}", reasons
+        )
+    parts: list[RenderableType] = [shown, far]
+    failures = [result for result in results if result.failure is not None]
+    parts += [f"not represented: {result.run_id}: {result.failure}" for result in failures]
+    blanks = Counter(filled for result in results for filled in result.filled)
+    if blanks:
+        common = ", ".join(f"{what} ({count})" for what, count in blanks.most_common(8))
+        parts.append(f"filled where the list is blank: {common}" + (", ..." if len(blanks) > 8 else ""))
+    return Group(*parts)
 
 
 def _result(

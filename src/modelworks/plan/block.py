@@ -46,7 +46,9 @@ class Setting:
     def sustained(self, precision: str) -> float:
         """The share of a short measurement's rate that matrix products keep up."""
         known = self.calibration.sustained.get(self.device.name, {})
-        return known.get("bf16" if precision == "fp16" else precision, self.calibration.sustained_default)
+        precision = "bf16" if precision == "fp16" else precision
+        default = self.calibration.sustained_default
+        return known.get(precision, default.get(precision, default["bf16"]))
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,7 @@ class _Work:
 
     def stream(self, moved_bytes: FloatArray, kernels: float = 1.0) -> FloatArray:
         """Seconds of `kernels` kernels that move so many bytes together."""
+        moved_bytes = moved_bytes * self.software.stream_factor
         each = self.kernels.memory_bound(moved_bytes / (kernels * self.calibration.memory_efficiency))
         return kernels * each
 
@@ -288,13 +291,14 @@ class _Work:
         key_dim = mla.nope_head_dim + mla.rope_head_dim if mla else model.head_dim
         value_dim = mla.value_head_dim if mla else model.head_dim
         zero = np.zeros(self.size)
-        if self.software.attention == "flash":
+        if self.software.attention != "unfused":
             seq = np.full(self.size, float(seq_len))
             dim = np.full(self.size, (key_dim + value_dim) / 2)
             whole = self._by_precision(
                 lambda p: self.kernels.attention(batch, seq, seq, heads, kv_heads, dim, True, p), False
             )
-            forward = whole / context
+            slowdown = self.setting.device.flash_2_slowdown if self.software.attention == "flash-2" else 1.0
+            forward = whole * slowdown / context
             return forward, forward * self.calibration.attention_backward, zero, zero
         scores = batch * heads * seq_len * (seq_len / context)
         rows = np.full(self.size, float(seq_len))
@@ -400,6 +404,8 @@ class _Work:
         gathered = rows * model.hidden * e
         inside = self.fabric.all_gather(gathered, shapes.expert_tensor, self.one)
         inside = inside + self.fabric.reduce_scatter(gathered, shapes.expert_tensor, self.one)
+        eight = self.shapes.precision == PRECISIONS.index("fp8")
+        host = self.software.expert_host_s * np.where(eight, 2.0, 1.0)
         launches = self.software.kernels_per_layer / 2 + 24
         if self.software.experts == "sequential":
             launches = launches + 4 * float(np.max(local_experts, initial=0.0))
@@ -409,7 +415,7 @@ class _Work:
             memory=norm_forward + shuffled + gate + casts,
             expert=expert_exchange,
             tensor=inside,
-            launch=self.software.expert_host_s,
+            launch=host,
         )
         backward = self.of(
             2 * launches,
@@ -423,7 +429,7 @@ class _Work:
             ),
             expert=expert_exchange,
             tensor=inside,
-            launch=self.software.expert_host_s,
+            launch=host,
         )
         projections = self.of(
             launches, matmul=up, memory=norm_forward + shuffled / 2 + gate, expert=expert_exchange / 2

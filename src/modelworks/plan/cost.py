@@ -36,6 +36,14 @@ class CostRules(Section):
     site_life_years: PositiveFloat
     draw: PositiveFloat
     """Share of the rated power that devices draw while they train."""
+    build_days: PositiveFloat
+    """From an order to a cluster that trains."""
+    train_days: PositiveFloat
+    """A training run, where no date bounds it."""
+    goodput: PositiveFloat
+    """Share of the time that trains, after failures and restarts."""
+    usd_spread: PositiveFloat
+    """By how much money may turn out to buy more or fewer devices, as a fraction."""
 
 
 @dataclass(frozen=True)

@@ -120,29 +120,24 @@ def joined(parts: Sequence[Layouts]) -> Layouts:
     return Layouts(**{f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(Layouts)})
 
 
-def distinct(candidates: Layouts, names: Sequence[str], *beside: IntArray) -> tuple[IntArray, IntArray]:
-    """The first candidate of each different combination of some fields, and for each candidate its combination.
-
-    Neighbours that are equal are taken together before anything is sorted, so candidates in the order of a search cost
-    little.
-    """
-    columns = [getattr(candidates, name) for name in names] + list(beside)
-    if not len(candidates):
-        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
+def runs(candidates: Layouts, names: Sequence[str], *beside: IntArray) -> tuple[IntArray, IntArray]:
+    """The first candidate of each run of neighbours that are equal in some fields, and for each candidate its run."""
     begins = np.zeros(len(candidates), dtype=np.bool_)
-    begins[0] = True
-    for column in columns:
+    begins[:1] = True
+    for column in [*(getattr(candidates, name) for name in names), *beside]:
         begins[1:] |= column[1:] != column[:-1]
-    starts = np.flatnonzero(begins)
-    key, size = np.zeros(len(starts), dtype=np.int64), 1
-    for column in columns:
-        values, positions = np.unique(column[starts], return_inverse=True)
-        if size * len(values) > 2**62:
-            unique, key = np.unique(key, return_inverse=True)
-            size = len(unique)
-        key, size = key * len(values) + positions, size * len(values)
+    return np.flatnonzero(begins), np.cumsum(begins) - 1
+
+
+def distinct(candidates: Layouts, names: Sequence[str]) -> tuple[IntArray, IntArray]:
+    """The first candidate of each different combination of some fields, and for each candidate its combination."""
+    starts, run = runs(candidates, names)
+    key = np.zeros(len(starts), dtype=np.int64)
+    for name in names:
+        values, positions = np.unique(getattr(candidates, name)[starts], return_inverse=True)
+        key = key * len(values) + positions
     _, first, combination = np.unique(key, return_index=True, return_inverse=True)
-    return starts[first], combination[np.cumsum(begins) - 1]
+    return starts[first], combination[run]
 
 
 def fits_model(model: ModelSpec, seq_len: int, global_batch: int | IntArray, candidates: Layouts) -> BoolArray:

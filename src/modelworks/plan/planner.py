@@ -229,7 +229,9 @@ def plan(run: RunSpec, *, wide: bool = False, top: int = 5, device: DeviceSpec |
     run
         Choices that it states are kept; those that are `auto` are searched.
     wide
-        Also search the precision (where it is `auto`) and fewer devices than there are.
+        Search everything that is feasible: other precisions (where it is `auto`), fewer devices than there are, what
+        the framework doesn't do (schedules, recomputation, what is sharded, tensor without sequence parallelism), and
+        virtual stages that leave the ends short of several layers.
     top
         How many other layouts to give reasons for.
     device
@@ -309,6 +311,12 @@ def space_for(run: RunSpec, setting: Setting, wide: bool = False) -> Space:
         accepted["recompute"] = (RECOMPUTE.index(parallel.recompute),)
     if parallel.schedule != "auto":
         accepted["schedule"] = (SCHEDULES.index(parallel.schedule),)
+    if not wide:
+        software = setting.software
+        accepted.setdefault("sequence_parallel", (software.sequence_parallel,))
+        accepted.setdefault("zero_stage", tuple(software.zero_stages))
+        accepted.setdefault("schedule", tuple(SCHEDULES.index(name) for name in software.schedules))
+        accepted.setdefault("recompute", tuple(RECOMPUTE.index(name) for name in software.recomputes))
     if train.micro_batch != "auto":
         accepted["micro_batch"] = (train.micro_batch,)
     accepted["precision"] = tuple(PRECISIONS.index(name) for name in precisions(run, device, wide))
@@ -321,6 +329,8 @@ def space_for(run: RunSpec, setting: Setting, wide: bool = False) -> Space:
         domain=cluster.scale_up_domain,
         island=setting.fabric.island,
         memory_limit=float(device.memory_bytes),
+        uneven=wide,
+        partial=(1, 2, 3) if wide else tuple(RECOMPUTE.index(name) for name in setting.software.partial_recomputes),
         accepted=accepted,
     )
 

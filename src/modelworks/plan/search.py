@@ -48,6 +48,10 @@ class Space:
     """Devices that share a scale-up domain: a place to end a group of shards."""
     island: int
     memory_limit: float
+    uneven: bool = True
+    """Whether virtual stages may leave the first and the last stage short of more than a layer."""
+    partial: tuple[int, ...] = (1, 2, 3)
+    """Kinds of recomputation that may apply to a share of the layers."""
     accepted: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
     def holds(self, devices: int) -> bool:
@@ -119,7 +123,7 @@ _SHARDS = ("all", "island", "domain")
 """Over how many ranks state is sharded: all replicas, those of an island, those of a scale-up domain."""
 _WINDOW = 8192
 """Rows whose bounds are looked at together."""
-_HOPELESS = 1.25
+_HOPELESS = 1.15
 """Distinct layouts that are so many times slower than the best on as many devices are not followed up."""
 _NOTHING, _FULL = (RECOMPUTE.index("none"), 1.0), (RECOMPUTE.index("full"), 1.0)
 _DATA, _JITTER = REASONS.index("data"), REASONS.index("jitter")
@@ -133,6 +137,7 @@ def candidates(setting: Setting, global_batch: int, space: Space) -> Candidates:
     model, moe, seq_len, most = setting.model, setting.model.moe, setting.seq_len, space.most_devices
     plain_ffn = model.dense_layers > 0 or moe is None
     batches = _divisors(global_batch)
+    alone = max(space.accepted.get("sequence_parallel", (1,)))
     grow = _Grow(space)
     grow.choose("tensor", lambda: [
         t for t in _divisors(model.heads)
@@ -152,7 +157,7 @@ def candidates(setting: Setting, global_batch: int, space: Space) -> Candidates:
     grow.choose("micro_batch", lambda d: _divisors(global_batch // d), "data")
     grow.choose(
         "sequence_parallel",
-        lambda t, c: [1, 0] if t > 1 and seq_len % (t * c) == 0 else [0] if t > 1 else [1],
+        lambda t, c: [1, 0] if t > 1 and seq_len % (t * c) == 0 else [0] if t > 1 else [alone],
         "tensor", "context",
     )  # fmt: skip
     grow.keep(_least_activations(setting, global_batch, grow.table) <= space.memory_limit)
@@ -166,7 +171,7 @@ def candidates(setting: Setting, global_batch: int, space: Space) -> Candidates:
     )  # fmt: skip
     grow.choose(
         "virtual_stages",
-        lambda p, d, b: _virtual_stages(model.layers, p, global_batch // (d * b)),
+        lambda p, d, b: _virtual_stages(model.layers, p, global_batch // (d * b), space.uneven),
         "pipeline", "data", "micro_batch",
     )  # fmt: skip
     grow.choose("schedule", lambda p, v: [1] if v > 1 else [0, 2] if p > 1 else [0], "pipeline", "virtual_stages")
@@ -385,7 +390,7 @@ class _Grow:
         self.rows = int(np.count_nonzero(mask))
 
 
-def _virtual_stages(layers: int, pipeline: int, micro_batches: int) -> list[int]:
+def _virtual_stages(layers: int, pipeline: int, micro_batches: int, uneven: bool) -> list[int]:
     """How many chunks a stage may have: rounds of micro batches full, and all layers dealt.
 
     Where equal chunks are short of all layers, the first and the last stage give what is short.
@@ -396,7 +401,8 @@ def _virtual_stages(layers: int, pipeline: int, micro_batches: int) -> list[int]
     for v in range(1, layers // pipeline + 1):
         middle = -(-layers // (pipeline * v)) * v
         short = pipeline * middle - layers
-        if short - short // 2 <= middle - 1 and (v == 1 or micro_batches % pipeline == 0):
+        dealt = short - short // 2 <= middle - 1 and (uneven or v == 1 or short <= 2)
+        if dealt and (v == 1 or micro_batches % pipeline == 0):
             found.append(v)
     return found
 
@@ -406,12 +412,14 @@ def _last_choices(space: Space) -> tuple[dict[str, IntArray], FloatArray]:
     recompute = [
         (kind, share)
         for kind, share in _RECOMPUTE_OPTIONS
-        if kind in accepted.get("recompute", (kind,)) and share in accepted.get("recompute_share", (share,))
+        if kind in accepted.get("recompute", (kind,))
+        and share in accepted.get("recompute_share", (share,))
+        and (share == 1.0 or kind in space.partial or "recompute_share" in accepted)
     ]
     if not recompute:
         # A share that is none of the usual ones.
         recompute = [(kind, share) for kind in accepted.get("recompute", (3,)) for share in accepted["recompute_share"]]
-    stages = [stage for stage in (1, 0, 2, 3) if stage in accepted.get("zero_stage", (stage,))]
+    stages = accepted.get("zero_stage", (1, 0, 2, 3))
     sharding = [(stage, kind) for stage in stages for kind in (range(len(_SHARDS)) if stage else (0,))]
     if "shards" in accepted:
         sharding = [(stage, 0) for stage in stages]

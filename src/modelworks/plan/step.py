@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from modelworks.plan.block import COMPONENTS, SHAPE, BlockTimes, LayerTimes, Setting, block_times
-from modelworks.plan.layout import PRECISIONS, BoolArray, FloatArray, IntArray, Layouts, distinct, fits_model
+from modelworks.plan.layout import PRECISIONS, BoolArray, FloatArray, IntArray, Layouts, distinct, fits_model, runs
 from modelworks.plan.memory import (
     StageParameters,
     choose,
@@ -94,13 +94,14 @@ def evaluate(
 
     Three levels keep the work for a candidate small: layers depend on its shape (`block.SHAPE`); stages on that and
     the pipeline (`_ROW`); exchanges over replicas and the model's state on how it is sharded (`_STATE`). Each level is
-    worked out once for each different combination, and a candidate gathers its own.
+    worked out once for neighbours that share it (layers for all), and a candidate gathers its own: the order of a search,
+    in which neighbours differ in the last choices, is the fast one, and any order is right.
     """
     model, c = setting.model, candidates
     blocks = blocks or known_blocks(setting, c)
     batch = np.broadcast_to(np.asarray(global_batch, dtype=np.int64), (len(c),))
-    first_row, of_row = distinct(c, _ROW, batch)
-    first_state, of_state = distinct(c, _STATE)
+    first_row, of_row = runs(c, _ROW, batch)
+    first_state, of_state = runs(c, _STATE)
     rows = _Rows(setting, c.take(first_row), batch[first_row], blocks.times, blocks.which[first_row])
     states = _States(setting, c.take(first_state))
 
@@ -165,7 +166,7 @@ class _Rows:
         self.layer_again = self._layers(_recomputed, *shares).reshape(-1)
         self.sends = _sends(setting, c, block.boundary_bytes[which], self.micro_batches)
         jitter = setting.calibration.jitter_per_doubling if setting.device.kind == "gpu" else 0.0
-        self.jitter = jitter * np.log2(np.maximum(c.devices, 1))
+        self.jitter = jitter * np.log2(np.maximum(c.devices / setting.fabric.node_devices, 1.0))
         self.kept = kept_bytes(setting, c, stages, micro_batches)
         self.divides = fits_model(model, setting.seq_len, batch, c)
         self.tokens = batch.astype(np.float64) * setting.seq_len
@@ -317,15 +318,16 @@ def _exposed(
         once = reduced + gathered - hidden + (slow - 1.0) * hidden
     else:
         once = reduced + gathered
-    # Sharded weights: layer by layer, in every micro batch.
+    # Sharded weights: layer by layer, in every micro batch; a pipeline's stages keep them through the step.
+    rounds = np.where(c.pipeline > 1, 1.0, m)
     forward_gap = gathered / layers - layer_forward
     backward_gap = (gathered + reduced) / layers - layer_backward
     moved = 2.0 * gathered + reduced
     if software.data_overlap:
         exposed = layers * (np.maximum(forward_gap, 0.0) + np.maximum(backward_gap, 0.0)) + moved / layers
-        always = m * (exposed + (slow - 1.0) * np.maximum(0.0, moved - exposed))
+        always = rounds * (exposed + (slow - 1.0) * np.maximum(0.0, moved - exposed))
     else:
-        always = m * moved
+        always = rounds * moved
     return np.where(c.zero_stage == 3, always, once) + states.tied.take(of_state)
 
 

@@ -169,7 +169,8 @@ def _override(values: dict[str, Any], override: str) -> None:
     *tables, key = field.split(".")
     table = values
     for name in tables:
-        inner = table.get(name, {})
+        # A run's cluster is this machine unless the file says otherwise; what isn't overridden stays that machine's.
+        inner = table.get(name, {"preset": "local"} if name == "cluster" and table is values else {})
         # A section given by its preset's name alone ("model = 'grok-tiny'") becomes a table.
         if isinstance(inner, str) and name in _PRESETS:
             inner = {"preset": inner}

@@ -16,6 +16,45 @@ from modelworks.spec.fields import ByteRate, Bytes, Fraction, PositiveFloat, Pos
 Precision = Literal["fp32", "tf32", "bf16", "fp16", "fp8", "fp4"]
 
 
+class GemmTime(Section):
+    """How long one matrix product (m, k) x (k, n) takes."""
+
+    precision: Precision
+    threads: PositiveInt = 1
+    """Of the process that multiplies; on a CPU."""
+    m: PositiveInt
+    n: PositiveInt
+    k: PositiveInt
+    time_s: PositiveFloat
+
+
+class AttentionTime(Section):
+    """How long the causal attention of one layer takes, forward and backward together, without its linear maps."""
+
+    precision: Precision
+    threads: PositiveInt = 1
+    batch: PositiveInt
+    seq_len: PositiveInt
+    heads: PositiveInt
+    kv_heads: PositiveInt
+    head_dim: PositiveInt
+    softcap: bool
+    """Whether its logits are capped, which no fused kernel does."""
+    time_s: PositiveFloat
+
+
+class CollectiveTime(Section):
+    """How long processes take to exchange a tensor."""
+
+    kind: Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
+    ranks: PositiveInt
+    """Processes that take part, each of one thread."""
+    bytes: Bytes
+    """The whole tensor: what is reduced, what each process has after a gather or had before a scatter, what each sends
+    to all (itself included)."""
+    time_s: PositiveFloat
+
+
 class DeviceSpec(Section):
     """One accelerator (or one machine's CPU): peaks per device, dense (no sparsity)."""
 
@@ -29,10 +68,28 @@ class DeviceSpec(Section):
     memory_bandwidth_bytes: ByteRate
     scale_up_bandwidth_bytes: ByteRate | None = None
     """NVLink bandwidth in one direction, bytes/s."""
+    flash_2_slowdown: Annotated[float, Field(ge=1)] = 1.0
+    """Time of FlashAttention-2 over that of the fastest fused attention on this device."""
     power_w: PositiveFloat
     """Thermal design power."""
     price_usd: PositiveFloat | None = None
     rent_usd_per_hour: PositiveFloat | None = None
+    cores: PositiveInt | None = None
+    """Of a CPU: how many threads compute at once, whichever process they belong to."""
+    gemm_measured: list[GemmTime] = []
+    attention_measured: list[AttentionTime] = []
+    collectives_measured: list[CollectiveTime] = []
+    elementwise_bandwidth_bytes: ByteRate | None = None
+    """Bytes per second that an elementwise operation reads and writes together, allocation of its result included."""
+    operator_overhead_s: PositiveFloat | None = None
+    """What PyTorch takes for one operator however small its tensors, forward and backward together."""
+    layer_overhead_s: PositiveFloat | None = None
+    """What one layer takes however small, per micro batch: forward, backward and its part of the optimizer's step."""
+    step_overhead_s: PositiveFloat | None = None
+    """What a step takes beside its layers however small: embedding, head, loss, clipping."""
+    disk_write_bytes: ByteRate | None = None
+    """Bytes per second written to the folder of runs, until they are on the disk."""
+    disk_read_bytes: ByteRate | None = None
 
 
 class NetworkSpec(Section):

@@ -22,10 +22,13 @@ class SoftwareSpec(Section):
     name: str
     matches: list[str] = []
     """Patterns (as file names have them, in lower case) of what lists of measured runs call it."""
-    attention: Literal["flash", "unfused"] = "flash"
-    """`unfused` writes the scores out, softmax and dropout as kernels of their own."""
+    attention: Literal["flash", "flash-2", "unfused"] = "flash"
+    """`flash` is the fastest kernel that was measured on a device, `flash-2` FlashAttention-2 wherever it runs;
+    `unfused` writes the scores out, softmax and dropout as kernels of their own."""
     elementwise: Literal["fused", "unfused"] = "fused"
     """Whether normalisation, activation and residual kernels join what can be joined."""
+    stream_factor: PositiveFloat = 1.0
+    """Memory traffic of its element-wise kernels over that of the kernels counted in `plan/block.py`."""
     cross_entropy: Literal["fused", "unfused"] = "fused"
     dropout: bool = False
     gradient_accumulation: Literal["fused", "unfused"] = "fused"
@@ -55,7 +58,8 @@ class SoftwareSpec(Section):
     expert_overlap: Fraction = 0.0
     expert_gradient_accumulation: Literal["fused", "unfused"] = "fused"
     expert_host_s: NonNegativeFloat = 0.0
-    """What the device waits for the host in each pass through a layer of experts, whose counts come to the host."""
+    """What the device waits for the host in each pass through a layer of experts, whose counts come to the host; twice
+    that in fp8, whose products launch casts and transposes beside them."""
     experts: Literal["grouped", "sequential"] = "grouped"
     zero_stage: Literal[0, 1, 2, 3] = 1
     """What it shards if the run doesn't say."""
@@ -65,6 +69,12 @@ class SoftwareSpec(Section):
     """Whether it splits sequences beside tensor parallelism if the run doesn't say."""
     capacity_factor: PositiveFloat | None = None
     """Experts' slots over tokens sent to them on average; unset drops nothing and pads nothing."""
+    zero_stages: list[Literal[0, 1, 2, 3]] = [0, 1, 2, 3]
+    """What it can shard, in the tried order of a plan."""
+    schedules: list[Literal["1f1b", "interleaved", "zero-bubble"]] = ["1f1b", "interleaved", "zero-bubble"]
+    recomputes: list[Literal["none", "selective", "projections", "full"]] = ["none", "selective", "projections", "full"]
+    partial_recomputes: list[Literal["selective", "projections", "full"]] = ["selective", "projections", "full"]
+    """Those that it can do in a share of the layers."""
 
 
 class CalibrationSpec(Section):
@@ -73,7 +83,8 @@ class CalibrationSpec(Section):
     sustained: dict[str, dict[str, Annotated[float, Field(gt=0, le=1.5)]]]
     """By device and precision: the rate of matrix products in training over that in short measurements. Power and heat
     limit the clock, and the libraries of a training run are not those of the measurement."""
-    sustained_default: Annotated[float, Field(gt=0, le=1.5)]
+    sustained_default: dict[str, Annotated[float, Field(gt=0, le=1.5)]]
+    """The same for devices without enough measured runs, by precision: what H100 keeps up."""
     attention_backward: PositiveFloat
     """Time of attention's backward kernel over its forward kernel's (2.5 by its operations)."""
     memory_efficiency: Annotated[float, Field(gt=0, le=1)]

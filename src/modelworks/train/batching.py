@@ -11,6 +11,7 @@ import psutil
 from modelworks.spec.errors import InputError
 from modelworks.spec.model import ModelSpec
 from modelworks.spec.run import RunSpec
+from modelworks.train.layout import Layout
 
 CPU_TOKENS = 8192
 """Tokens per forward pass beyond which a CPU gets no faster."""
@@ -34,16 +35,18 @@ def activation_bytes(model: ModelSpec, seq_len: int) -> int:
     return 4 * seq_len * model.layers * (per_token + scores)
 
 
-def micro_batch(spec: RunSpec) -> int:
-    """Sequences per forward pass: what the spec states, else the largest divisor of the global batch that fits.
+def micro_batch(spec: RunSpec, layout: Layout | None = None) -> int:
+    """Sequences per forward pass: what the spec states, else the largest divisor of a process's share that fits.
+
+    The processes of a layout share this machine's memory; state is counted once for each copy of the weights.
 
     Raises
     ------
     InputError
         If the network's weights, gradients and optimizer alone are more than this machine's memory.
     """
-    memory = psutil.virtual_memory()
-    state = _STATE_BYTES * spec.model.parameters.total
+    memory, layout = psutil.virtual_memory(), layout or Layout()
+    state = _STATE_BYTES * spec.model.parameters.total * layout.replicas
     if state > memory.total:
         raise InputError(
             f"model {spec.model.name!r} takes {state / 2**30:.0f} GiB to train (weights, gradients and optimizer) and "
@@ -51,7 +54,7 @@ def micro_batch(spec: RunSpec) -> int:
         )
     if spec.train.micro_batch != "auto":
         return spec.train.micro_batch
-    room = max(0, memory.available - state) * _MEMORY_SHARE
+    room = max(0, memory.available - state) * _MEMORY_SHARE / layout.processes
     fitting = min(CPU_TOKENS // spec.train.seq_len, int(room // activation_bytes(spec.model, spec.train.seq_len)))
-    whole = spec.train.global_batch
+    whole = spec.train.global_batch // layout.data
     return max(size for size in range(1, whole + 1) if whole % size == 0 and size <= max(1, fitting))

@@ -6,6 +6,7 @@ signal is noted, and the loop stops after the step that it is in; a second Ctrl-
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -56,3 +57,20 @@ class Interrupt:
         self.received = number
         if not self.graceful or (again and number == signal.SIGINT):
             raise Interrupted(number)
+
+
+class ParentInterrupt(Interrupt):
+    """An `Interrupt` of a process that isn't to outlive its parent: once that is gone, SIGTERM counts as received."""
+
+    def __init__(self) -> None:
+        self._parent = os.getppid()
+        super().__init__()
+
+    @property
+    def received(self) -> int | None:
+        """The signal that asked for the end."""
+        return self._received or (signal.SIGTERM if os.getppid() != self._parent else None)
+
+    @received.setter
+    def received(self, number: int | None) -> None:
+        self._received = number

@@ -3,7 +3,8 @@
 Three ideas. The run's whole state is in `Trainer` and goes into a checkpoint; what isn't in it (learning rate, batch)
 follows from the spec and the step, so a resumed run repeats the uninterrupted one to the bit. A step is made whole or
 not at all: signals are looked at between steps, and a loss that is no number ends the run before it reaches the
-weights. The loop knows one device and no parallelism; that is applied to the network from outside.
+weights. The loop reads the same on one process and on many: how the network is split over them is applied to it from
+outside (`parallelize`), each process takes its share of a batch, and what decides the next turn is agreed (`ranks`).
 """
 
 from __future__ import annotations
@@ -32,10 +33,13 @@ from modelworks.train import schedule
 from modelworks.train.batching import micro_batch
 from modelworks.train.compiling import try_compile, wanted
 from modelworks.train.evaluate import Validation
+from modelworks.train.layout import layout
 from modelworks.train.machine import peak_flops
-from modelworks.train.metrics import MetricsLog
+from modelworks.train.metrics import MetricsLog, NoMetrics
 from modelworks.train.optimizers import Optimizers
+from modelworks.train.parallelize import Parallel
 from modelworks.train.precision import Precision, resolve
+from modelworks.train.ranks import Ranks
 from modelworks.train.session import RunSession
 from modelworks.train.view import NoView, View
 
@@ -55,13 +59,29 @@ class TrainResult:
     elapsed_s: float
     checkpoint: Path
 
+    @classmethod
+    def of_checkpoint(cls, folder: Path, state: str, received: int | None) -> TrainResult:
+        """How a run ended whose last checkpoint stands in `folder`."""
+        saved = checkpoint.read_state(folder)
+        facts = {key: saved[key] for key in ("step", "tokens", "loss", "validation_bpb", "elapsed_s")}
+        return cls(state=state, received=received if state == "stopped" else None, checkpoint=folder, **facts)
+
     def as_dict(self) -> dict[str, Any]:
         """The same as plain values, for JSON."""
         return asdict(self) | {"checkpoint": str(self.checkpoint)}
 
 
-def train(session: RunSession, view: View | None = None) -> TrainResult:
+def train(session: RunSession, view: View | None = None, ranks: Ranks | None = None) -> TrainResult:
     """Train the session's run to its end, or until a signal asks to stop.
+
+    Parameters
+    ----------
+    session
+        The run.
+    view
+        Shows it.
+    ranks
+        The processes that train it together; this one alone if unset.
 
     Raises
     ------
@@ -70,49 +90,61 @@ def train(session: RunSession, view: View | None = None) -> TrainResult:
     OperationError
         If the work fails: unreadable data, a full disk, a loss that is no number. The last checkpoint stands.
     """
-    refuse_unsupported(session.spec)
+    ranks = ranks or Ranks()
+    refuse_unsupported(session.spec, ranks.world)
     view = view or NoView()
-    with view, contextlib.closing(Trainer(session, view)) as trainer:
+    with view, contextlib.closing(Trainer(session, view, ranks)) as trainer:
         return trainer.run()
 
 
-def refuse_unsupported(spec: RunSpec) -> None:
-    """Refuse what one process on this machine can't do, before anything is prepared."""
-    for field in ("data", "tensor", "pipeline", "context", "expert", "expert_tensor"):
-        if (degree := getattr(spec.parallel, field)) not in (1, "auto"):
-            raise InputError(f"parallel.{field} = {degree} is not accepted: train runs on one process, which takes 1")
+def refuse_unsupported(spec: RunSpec, processes: int) -> None:
+    """Refuse what can't be done on so many processes of this machine, before anything is prepared."""
+    if spec.cluster.gpus != processes:
+        raise InputError(
+            f"cluster.gpus = {spec.cluster.gpus} is not accepted: this run is trained by {processes} processes, one "
+            "for each"
+        )
+    degrees = layout(spec, processes)
+    for field in ("tensor", "pipeline", "context", "expert", "expert_tensor"):
+        if (degree := getattr(degrees, field)) != 1:
+            raise InputError(
+                f"parallel.{field} = {degree} is not accepted: train splits over data alone, which takes 1"
+            )
     if spec.parallel.recompute not in ("none", "auto"):
         raise InputError(
             f"parallel.recompute = {spec.parallel.recompute!r} is not accepted: train keeps activations: none"
         )
-    if spec.cluster.gpus != 1:
-        raise InputError(f"cluster.gpus = {spec.cluster.gpus} is not accepted: train runs on this machine, which is 1")
 
 
 class Trainer:
     """One run in progress: network, optimizers, data, and how far it has come."""
 
-    def __init__(self, session: RunSession, view: View) -> None:
+    def __init__(self, session: RunSession, view: View, ranks: Ranks | None = None) -> None:
         self.session, self.view, self.interrupt = session, view, session.interrupt
+        self.ranks = ranks or Ranks()
         self.spec, self.folder = session.spec, session.folder
         self.train_spec = session.spec.train
         self.step, self.elapsed_s, self._metrics_bytes = 0, 0.0, 0
         self.loss: float | None = None
         self.validation_bpb: float | None = None
-        self.micro_batch = micro_batch(self.spec)
-        self.precision: Precision = resolve(self.train_spec.precision)
-        self.data = self._prepare_data()
+        self.parallel = Parallel(layout(self.spec, self.ranks.world), self.ranks)
+        self.data = prepare_data(session, view, keep=self.ranks.first)
+        # Free memory and speed are measured, and each process measures something else.
+        self.micro_batch = int(self.ranks.of_first(micro_batch(self.spec, self.parallel.layout)))
+        self.precision = self._agreed_precision()
         self.validation = Validation(
-            self.data, self.train_spec.validation_tokens, self.train_spec.seq_len, self.micro_batch
+            self.data, self.train_spec.validation_tokens, self.train_spec.seq_len, self.micro_batch, self.parallel
         )
-        self._say("building the network")
+        session.report(message="building the network")
+        view.show(session.status)
         torch.manual_seed(self.train_spec.seed)
         self.decoder = Decoder(self.spec.model)
         self.decoder.initialize(self.train_spec.seed)
+        self.parallel.apply(self.decoder)
         self.optimizers = Optimizers(self.decoder, self.train_spec, self.precision.dtype)
         self.last_checkpoint = self._resume() if session.resume else None
         self.log = self._open_log()
-        self._peak_flops = peak_flops(self.precision.name)
+        self._peak_flops = peak_flops(self.precision.name, self.ranks.world)
         self._flop_per_token = training_flop_per_token(self.spec.model, self.train_spec.seq_len)
         self._saved_at = time.monotonic()
         self._step_times: list[float] = []
@@ -126,7 +158,7 @@ class Trainer:
         self._compile()
         self.interrupt.graceful = True
         self.session.report(state="running", message=None, steps=self.train_spec.steps)
-        while not self._done() and self.interrupt.received is None:
+        while not self._done() and self._stop() is None:
             row = self._timed_step()
             done = self._done()
             if done or (self.train_spec.validate_every and self.step % self.train_spec.validate_every == 0):
@@ -134,7 +166,7 @@ class Trainer:
             self._report(row, log=done or "validation_bpb" in row or self.step % self.train_spec.log_every == 0)
             if self._checkpoint_due() and not done:
                 self._save()
-        if self.last_checkpoint is None or self.last_checkpoint.name != f"step-{self.step:08d}":
+        if self.last_checkpoint != checkpoint.folder_of(self.folder, self.step):
             self._save()
         self.interrupt.graceful = False
         return self._end()
@@ -149,18 +181,10 @@ class Trainer:
         """
         spec = self.train_spec
         factor = schedule.factor(spec, schedule.progress(spec, self.step + 1, self.elapsed_s))
-        first = self.step * spec.global_batch
-        sequences = self.data.sequences("train", first, spec.global_batch, spec.seq_len, spec.seed)
-        accumulations = spec.global_batch // self.micro_batch
-        total, parts, loads = 0.0, torch.zeros(3), []
-        for batch in torch.split(torch.from_numpy(sequences), self.micro_batch):
-            losses = self._losses(batch)
-            loss = self._weighted(losses) / accumulations
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += float(loss.detach())
-            parts += torch.stack([part.detach() for part in losses[:3]]) / accumulations
-            loads.append(losses.expert_load.detach())
-        norm = float(torch.nn.utils.clip_grad_norm_(self.decoder.parameters(), spec.clip or math.inf))
+        begin, count = self.parallel.share(spec.global_batch)
+        sequences = self.data.sequences("train", self.step * spec.global_batch + begin, count, spec.seq_len, spec.seed)
+        total, cross_entropy, load_balance, router_z, loads = self._gradients(torch.from_numpy(sequences))
+        norm = self.parallel.clip(self.decoder.parameters(), spec.clip or math.inf)
         if not math.isfinite(total) or not math.isfinite(norm):
             raise OperationError(
                 f"the loss is {total} and the gradient's norm {norm} at step {self.step + 1}; the last checkpoint is "
@@ -170,7 +194,6 @@ class Trainer:
         self.optimizers.zero_grad()
         self.step += 1
         self.loss = total
-        cross_entropy, load_balance, router_z = parts.tolist()
         return {
             "step": self.step,
             "tokens": self.step * spec.tokens_per_step,
@@ -180,8 +203,29 @@ class Trainer:
             "router_z_loss": router_z,
             "learning_rate": spec.learning_rate * factor,
             "grad_norm": norm,
-            "expert_load": _largest_loads(torch.stack(loads).mean(0)),
+            "expert_load": loads,
         }
+
+    def _gradients(self, sequences: Tensor) -> tuple[float, float, float, float, list[float]]:
+        """Add up the gradients of this process's sequences (B, T + 1).
+
+        Returns
+        -------
+        tuple
+            Of the whole global batch: the loss, its three parts, and the fullest experts' loads.
+        """
+        batches = torch.split(sequences, self.micro_batch)
+        figures: list[Tensor] = []
+        for place, batch in enumerate(batches, start=1):
+            with self.parallel.micro_batch(last=place == len(batches)):
+                losses = self._losses(batch)
+                loss = self._weighted(losses) / len(batches)
+                loss.backward()  # type: ignore[no-untyped-call]
+            of_batch = torch.stack([loss.detach() * len(batches), *(part.detach() for part in losses[:3])])
+            figures.append(torch.cat((of_batch.double(), losses.expert_load.detach().double().flatten())))
+        mean = self.ranks.mean(torch.stack(figures).mean(0))
+        total, cross_entropy, load_balance, router_z = mean[:4].tolist()
+        return total, cross_entropy, load_balance, router_z, _largest_loads(mean[4:].view_as(losses.expert_load))
 
     def _losses(self, sequences: Tensor) -> Losses:
         """The losses of sequences (B, T + 1)."""
@@ -204,14 +248,14 @@ class Trainer:
             return float(self._losses(sequences).cross_entropy)
 
         self.validation_bpb = self.validation.bits_per_byte(cross_entropy)
-        self.elapsed_s += time.perf_counter() - begun
+        self._add_elapsed(time.perf_counter() - begun)
         return self.validation_bpb
 
     def _timed_step(self) -> dict[str, Any]:
         begun = time.perf_counter()
         row = self.one_step()
         taken = time.perf_counter() - begun
-        self.elapsed_s += taken
+        self._add_elapsed(taken)
         self._step_times = [*self._step_times[-19:], taken]
         tokens_per_s = self.train_spec.tokens_per_step / taken
         timing = {
@@ -221,6 +265,14 @@ class Trainer:
             "mfu": tokens_per_s * self._flop_per_token / self._peak_flops,
         }
         return row | timing
+
+    def _add_elapsed(self, taken: float) -> None:
+        """Move the run's clock on, which is the first process's: with `train.max_time` the schedule follows it."""
+        self.elapsed_s = self.ranks.of_first(self.elapsed_s + taken)
+
+    def _stop(self) -> int | None:
+        """The signal that asked any of the processes to stop."""
+        return self.ranks.largest(self.interrupt.received or 0) or None
 
     def _done(self) -> bool:
         return schedule.progress(self.train_spec, self.step, self.elapsed_s) >= 1.0
@@ -251,7 +303,7 @@ class Trainer:
         spec = self.spec.checkpoint
         if spec.every_steps is not None:
             return self.step % spec.every_steps == 0
-        return time.monotonic() - self._saved_at >= spec.every
+        return self.ranks.of_first(time.monotonic() - self._saved_at) >= spec.every
 
     def _tensors(self) -> dict[str, Tensor]:
         state = {f"model.{name}": tensor for name, tensor in self.decoder.state_dict().items()}
@@ -270,15 +322,17 @@ class Trainer:
             "metrics_bytes": self.log.position(),
         }
         self.last_checkpoint = checkpoint.save(self.folder, self.step, self._tensors(), state)
-        checkpoint.rotate(self.folder, self.spec.checkpoint.keep)
-        self.elapsed_s += time.perf_counter() - begun
+        if self.ranks.first:
+            checkpoint.rotate(self.folder, self.spec.checkpoint.keep)
+        self._add_elapsed(time.perf_counter() - begun)
         self._saved_at = time.monotonic()
 
     def _resume(self) -> Path | None:
         """Take up the newest checkpoint that is whole; a run that has none yet begins anew."""
         if not checkpoint.folders(self.folder):
             return None
-        folder = checkpoint.newest_good(self.folder)
+        step = checkpoint.step_of(checkpoint.newest_good(self.folder)) if self.ranks.first else 0
+        folder = checkpoint.folder_of(self.folder, int(self.ranks.of_first(step)))
         self.optimizers.prepare_state()
         tensors = self._tensors()
         checkpoint.load(folder, tensors)
@@ -294,37 +348,28 @@ class Trainer:
         self._metrics_bytes = state["metrics_bytes"]
         return folder
 
-    def _open_log(self) -> MetricsLog:
+    def _open_log(self) -> MetricsLog | NoMetrics:
+        if not self.ranks.first:
+            return NoMetrics()
         try:
             return MetricsLog(self.folder, self._metrics_bytes, self.step)
         except OSError as error:
             raise OperationError(f"{self.folder} cannot be written: {checkpoint.reason(error)}") from error
 
-    def _prepare_data(self) -> PackedDataset:
-        self._say("preparing the data")
-        data = prepare(self.spec.data, self.spec.model.vocab, data_folder(), self._show_preparation)
-        shutil.copyfile(data.tokenizer_file, self.folder / "tokenizer.json")
-        write_atomically(self.folder / "data.json", json.dumps(data.manifest, indent=1) + "\n")
-        return data
-
-    def _show_preparation(self, documents: int, done: int, total: int | None) -> None:
-        if time.monotonic() - self._said_at >= _SAY_EVERY_S:
-            share = f", {done / total:.0%}" if total else ""
-            self._say(f"preparing the data: {documents:,} documents{share}")
+    def _agreed_precision(self) -> Precision:
+        """The stated precision, or the one that the first process multiplies faster."""
+        mine = resolve(self.train_spec.precision)
+        return resolve("bf16" if self.ranks.of_first(float(mine.name == "bf16")) else "fp32")
 
     def _compile(self) -> None:
         if wanted(self.train_spec.compile, torch.device("cpu")):
-            self._say("compiling the network")
+            self.session.report(message="compiling the network")
+            self.view.show(self.session.status)
             probe = self.data.sequences("train", 0, self.micro_batch, self.train_spec.seq_len, self.train_spec.seed)
             try_compile(self.decoder, lambda: self._weighted(self._losses(torch.from_numpy(probe))))
 
-    def _say(self, message: str) -> None:
-        self._said_at = time.monotonic()
-        self.session.report(message=message)
-        self.view.show(self.session.status)
-
     def _end(self) -> TrainResult:
-        received = None if self._done() else self.interrupt.received
+        received = None if self._done() else self._stop()
         state = "finished" if received is None else "stopped"
         assert self.last_checkpoint is not None
         self.session.report(
@@ -347,6 +392,26 @@ class Trainer:
             elapsed_s=self.elapsed_s,
             checkpoint=self.last_checkpoint,
         )
+
+
+def prepare_data(session: RunSession, view: View, keep: bool = True) -> PackedDataset:
+    """Pack the run's text, or find it packed, and `keep` in the run's folder what it was made of."""
+    said_at = float("-inf")
+
+    def say(documents: int, done: int, total: int | None) -> None:
+        nonlocal said_at
+        if time.monotonic() - said_at >= _SAY_EVERY_S:
+            said_at = time.monotonic()
+            share = f": {documents:,} documents" + (f", {done / total:.0%}" if total else "") if documents else ""
+            session.report(message=f"preparing the data{share}")
+            view.show(session.status)
+
+    say(0, 0, None)
+    data = prepare(session.spec.data, session.spec.model.vocab, data_folder(), say)
+    if keep:
+        shutil.copyfile(data.tokenizer_file, session.folder / "tokenizer.json")
+        write_atomically(session.folder / "data.json", json.dumps(data.manifest, indent=1) + "\n")
+    return data
 
 
 def _largest_loads(loads: Tensor) -> list[float]:

@@ -88,6 +88,20 @@ class MetricsLog:
             self._wandb.finish()
 
 
+class NoMetrics:
+    """Logs nothing: for the processes of a run that aren't its first."""
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def position(self) -> int:
+        """No byte."""
+        return 0
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 def _wandb_run(folder: Path) -> Any:
     """A run at Weights & Biases, if the user has asked for one and has it installed."""
     if not os.environ.get("WANDB_PROJECT") or find_spec("wandb") is None:

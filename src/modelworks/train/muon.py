@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic whose slope at zero is steep: singular values end between about 0.7 and 1.2, not at 1."""
@@ -91,7 +92,24 @@ class Muon(torch.optim.Optimizer):
             state["momentum"] = torch.zeros_like(gradient)
         momentum = state["momentum"]
         momentum.lerp_(gradient, 1 - group["momentum"])
-        update = orthogonalize(gradient.lerp(momentum, group["momentum"]), dtype=self._dtype)
+        update = self._orthogonal(gradient.lerp(momentum, group["momentum"]))
         rows, columns = parameter.shape[-2:]
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.add_(update, alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
+
+    def _orthogonal(self, update: Tensor) -> Tensor:
+        """`orthogonalize`, also of an update that is split over processes.
+
+        Stacks whose matrices are whole on each process stay where they are; matrices that are split themselves are
+        gathered, and each process keeps its part of the result.
+        """
+        if not isinstance(update, DTensor):
+            return orthogonalize(update, dtype=self._dtype)
+        split = {placement.dim for placement in update.placements if isinstance(placement, Shard)}
+        if split and max(split) < update.ndim - 2:
+            local = orthogonalize(update.to_local(), dtype=self._dtype)
+            return DTensor.from_local(
+                local, update.device_mesh, update.placements, shape=update.shape, stride=update.stride()
+            )
+        whole = orthogonalize(update.full_tensor(), dtype=self._dtype)
+        return distribute_tensor(whole, update.device_mesh, update.placements, src_data_rank=None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import time
 import tomllib
@@ -227,6 +228,12 @@ def own_process() -> dict[str, Any]:
     """This process's identity, as fields of a `Status`."""
     process = psutil.Process()
     return {"pid": process.pid, "process_started": process.create_time()}
+
+
+def parent_process() -> dict[str, Any]:
+    """The identity of the process that started this one, as fields of a `Status`."""
+    parent = psutil.Process(os.getppid())
+    return {"pid": parent.pid, "process_started": parent.create_time()}
 
 
 def _process(status: Status) -> psutil.Process | None:

@@ -20,8 +20,8 @@ from modelworks.spec.errors import InputError, OperationError
 from modelworks.spec.files import dumps
 from modelworks.spec.home import runs_folder, write_atomically
 from modelworks.spec.run import RunSpec
-from modelworks.train.interrupt import Interrupt, Interrupted
-from modelworks.train.record import LOCK, RunRecord, Status, own_process, read_status, write_status
+from modelworks.train.interrupt import Interrupt, Interrupted, ParentInterrupt
+from modelworks.train.record import LOCK, RunRecord, Status, own_process, parent_process, read_status, write_status
 
 logger = logging.getLogger(__name__)
 _STATUS_EVERY_S = 1.0
@@ -30,6 +30,7 @@ _MAY_CHANGE = {
     "checkpoint": None,
     "release": None,
     "cluster": None,
+    "parallel": None,
 }
 """What a resume may change: fields of a section, or (None) the whole section."""
 
@@ -49,7 +50,9 @@ class RunSession:
         What was last reported.
     """
 
-    def __init__(self, folder: Path, spec: RunSpec, resume: bool, interrupt: Interrupt) -> None:
+    def __init__(
+        self, folder: Path, spec: RunSpec, resume: bool, interrupt: Interrupt, process: dict[str, Any] | None = None
+    ) -> None:
         self.folder, self.spec, self.resume, self.interrupt = folder, spec, resume, interrupt
         earlier = read_status(folder) if resume else None
         self.status = replace(
@@ -60,10 +63,14 @@ class RunSession:
             released=False,
             served_as=None,
             eta_s=None,
-            **own_process(),
+            **(process or own_process()),
         )
         self._written = 0.0
         self.report()
+
+    def reread(self) -> None:
+        """Take over the status that the run's own processes have written meanwhile."""
+        self.status = read_status(self.folder) or self.status
 
     def report(self, **changes: Any) -> None:
         """Change the status; it is written when its state or message changes, and otherwise once a second at most.
@@ -128,6 +135,26 @@ def open_run(spec: RunSpec, resume: bool = False, folder: Path | None = None) ->
             if session.status.active:
                 session.report_end("failed", str(error) or type(error).__name__)
             raise
+
+
+class MemberSession(RunSession):
+    """A hold on the run's folder for one of several processes, which another process has opened for them.
+
+    The status names that other process, their parent; the first process alone writes it. Signals are noted from the
+    beginning, since the parent ends what doesn't listen; a parent that is gone asks to stop as well.
+    """
+
+    def __init__(self, folder: Path, spec: RunSpec, resume: bool, first: bool) -> None:
+        self._first = first
+        interrupt = ParentInterrupt()
+        super().__init__(folder, spec, resume, interrupt, parent_process())
+
+    def report(self, **changes: Any) -> None:
+        """Change the status, which the first process also writes."""
+        if self._first:
+            super().report(**changes)
+        else:
+            self.status = replace(self.status, **changes)
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from modelworks.spec.hardware import DeviceSpec
 from modelworks.train.record import MetricsReader, RunRecord, Status
 
 _BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -165,6 +166,32 @@ def comparison_table(compared: Mapping[str, Mapping[str, float | None]]) -> Tabl
     for quantity, values in compared.items():
         table.add_row(quantity, *(_number(values[column], ".4g") for column in ("planned", "measured", "ratio")))
     return table
+
+
+def bench_tables(device: DeviceSpec) -> list[Table]:
+    """What was measured of a machine by shape and by size; nothing where only its peaks were."""
+    if not device.gemm_measured:
+        return []
+    rates = Table("matrix product", "threads", "precision", "GFLOP/s", box=None)
+    for gemm in device.gemm_measured:
+        if gemm.m == gemm.n == gemm.k:
+            rate = 2 * gemm.m * gemm.n * gemm.k / gemm.time_s / 1e9
+            rates.add_row(f"{gemm.m} x {gemm.n} x {gemm.k}", str(gemm.threads), gemm.precision, f"{rate:,.1f}")
+    exchanges = Table("collective", "processes", "bytes", "time", "GB/s", box=None)
+    for one in device.collectives_measured:
+        rate = one.bytes / one.time_s / 1e9
+        exchanges.add_row(one.kind, str(one.ranks), f"{one.bytes:,}", f"{one.time_s * 1e3:.3f} ms", f"{rate:.2f}")
+    rest = Table("", "", box=None, show_header=False)
+    for name, value, scale, unit in (
+        ("elementwise bandwidth", device.elementwise_bandwidth_bytes, 1e9, "GB/s"),
+        ("overhead per operator", device.operator_overhead_s, 1e-6, "us"),
+        ("overhead per layer", device.layer_overhead_s, 1e-6, "us"),
+        ("overhead per step", device.step_overhead_s, 1e-6, "us"),
+        ("disk, writing", device.disk_write_bytes, 1e9, "GB/s"),
+        ("disk, reading", device.disk_read_bytes, 1e9, "GB/s"),
+    ):
+        rest.add_row(name, "" if value is None else f"{value / scale:,.2f} {unit}")
+    return [rates, exchanges, rest]
 
 
 def plot(values: list[float], width: int, height: int) -> Text:

@@ -1,0 +1,105 @@
+"""Which part of a run each of its processes has: the degrees of a spec, resolved for a number of processes.
+
+The processes form a grid of ``pipeline x data x context x tensor``, the last changing fastest, so that those which
+exchange most stand next to each other. Within the data-parallel ranks, weights are split over ``shard`` of them and
+repeated over the others (HSDP, where that is more than one copy).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from modelworks.spec.errors import InputError
+from modelworks.spec.run import RunSpec
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Degrees of parallelism whose product is the number of processes."""
+
+    data: int = 1
+    shard: int = 1
+    """Data-parallel ranks that split weights (or what of them the ZeRO stage splits) among them."""
+    tensor: int = 1
+    pipeline: int = 1
+    context: int = 1
+    expert: int = 1
+    expert_tensor: int = 1
+    zero_stage: int = 1
+
+    @property
+    def processes(self) -> int:
+        """Processes in all."""
+        return self.pipeline * self.data * self.context * self.tensor
+
+    @property
+    def replicas(self) -> int:
+        """Copies of the sharded weights."""
+        return self.data // self.shard
+
+    def describe(self) -> str:
+        """The degrees above one, in words."""
+        degrees = {
+            "pipeline": self.pipeline,
+            "replicas": self.replicas,
+            "shards": self.shard,
+            "context": self.context,
+            "tensor": self.tensor,
+            "expert": self.expert,
+        }
+        return ", ".join(f"{name} {degree}" for name, degree in degrees.items() if degree > 1) or "one process"
+
+
+def layout(spec: RunSpec, processes: int) -> Layout:
+    """Resolve a spec's degrees for a number of processes; `auto` takes what the other degrees leave.
+
+    Raises
+    ------
+    InputError
+        If the degrees don't multiply to the processes, or don't divide what they split.
+    """
+    parallel = spec.parallel
+    given = {name: getattr(parallel, name) for name in ("tensor", "pipeline", "context", "data")}
+    product = 1
+    for name, degree in given.items():
+        product *= 1 if degree == "auto" or name == "data" else degree
+    degrees = " x ".join(f"{name} {degree}" for name, degree in given.items() if degree != "auto")
+    if processes % product:
+        raise InputError(f"parallel: {degrees} = {product} doesn't divide into {processes} processes")
+    data = processes // product if parallel.data == "auto" else parallel.data
+    if data * product != processes:
+        raise InputError(f"parallel: {degrees} = {data * product} is not accepted on {processes} processes")
+    if spec.train.global_batch % data:
+        raise InputError(
+            f"train.global_batch = {spec.train.global_batch} is not accepted on {data} data-parallel processes: "
+            f"a multiple of {data} is"
+        )
+    shard = _shard(spec, data)
+    if (micro := spec.train.micro_batch) != "auto" and (spec.train.global_batch // data) % micro:
+        raise InputError(
+            f"train.micro_batch = {micro} is not accepted on {data} data-parallel processes: a divisor of "
+            f"{spec.train.global_batch // data}, each one's share of train.global_batch, is"
+        )
+    one = {name: 1 if (degree := getattr(parallel, name)) == "auto" else degree for name in _WITHOUT_REST}
+    zero_stage = 1 if parallel.zero_stage == "auto" else parallel.zero_stage
+    return Layout(data=data, shard=shard, zero_stage=zero_stage, **one)
+
+
+_WITHOUT_REST = ("tensor", "pipeline", "context", "expert", "expert_tensor")
+"""The degrees whose `auto` is 1."""
+
+
+def _shard(spec: RunSpec, data: int) -> int:
+    """Data-parallel ranks that split weights among them: none where nothing is split."""
+    shard = spec.parallel.shard
+    if spec.parallel.zero_stage == 0:
+        if shard not in (1, "auto"):
+            raise InputError(
+                f"parallel.shard = {shard} is not accepted with zero_stage = 0, which splits nothing: 1 is"
+            )
+        return 1
+    if shard == "auto":
+        return data
+    if data % shard:
+        raise InputError(f"parallel.shard = {shard} is not accepted: a divisor of the data-parallel degree {data} is")
+    return shard
