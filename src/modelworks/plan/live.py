@@ -75,12 +75,11 @@ def quick(run: RunSpec) -> Quick:
     device = device_spec(run.cluster.device)
     software = software_spec(software_name(run, device))
     setting = setting_for(run.model, run.train.seq_len, run.cluster, device, software)
-    stated = space_for(run, setting)
-    every = candidates(setting, run.train.global_batch, _thinned(stated, run))
+    every = candidates(setting, run.train.global_batch, _thinned(space_for(run, setting), run))
     layouts = every.at(np.arange(len(every)))
-    if "zero_stage" not in stated.accepted:
+    if run.parallel.zero_stage == "auto" and (layouts.zero_stage < 3).any():
         layouts = layouts.take((layouts.zero_stage < 3) | (layouts.pipeline == 1))
-    if "expert_tensor" not in stated.accepted:
+    if run.parallel.expert_tensor == "auto":
         layouts = layouts.take((layouts.expert_tensor == 1) | (layouts.expert_tensor == layouts.tensor))
     evaluation = evaluate(setting, run.train.global_batch, layouts)
     order = np.argsort(evaluation.step_time_s, kind="stable")

@@ -123,7 +123,7 @@ def answer(choices: Choices) -> Answer:
     try:
         found = quick(choices.run())
     except InputError as error:
-        return Answer(f'<p class="notice">{escaped(str(error))}</p>')
+        return Answer(f'<p class="notice">{escaped(str(error).removeprefix("plan: "))}</p>')
     best = found.best
     if best is None:
         return _refusal(choices, found)
@@ -335,7 +335,7 @@ class PlanPage:
         except InputError as error:
             ui.notify(str(error), position="top", type="warning", multi_line=True)
         else:
-            ui.download.content(markup.plan_html(made), f"{made.name}-plan.html", "text/html")
+            ui.download.content(markup.plan_html(made).encode(), f"{made.name}-plan.html", "text/html")
         finally:
             self._full.props(remove="loading")
 
@@ -354,7 +354,7 @@ class PlanPage:
             return
         devices = int(found.distinct.layouts.devices[0])
         run = resolved(found.run, found.best.layout, devices, found.setting.software.name)
-        ui.download.content(dumps(run), f"{run.name}.toml", "application/toml")
+        ui.download.content(dumps(run).encode(), f"{run.name}.toml", "application/toml")
 
 
 class _Slider:
