@@ -276,6 +276,8 @@ def test_in_a_browser_a_row_shows_its_layout_and_a_head_sorts(opened, staged: Pl
     assert values == sorted(values, reverse=True)
     assert values[0] > values[-1]
     shown.locator("tr.loss").first.hover()
+    page.wait_for_timeout(600)  # a tip goes when the page scrolls, and the click on the row scrolled it
+    shown.locator("tr.loss").first.hover(position={"x": 9, "y": 9})
     assert "of the step" in page.locator(".plan-tip.shown").inner_text()
 
 
