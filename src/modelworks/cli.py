@@ -109,7 +109,9 @@ def _plan(
 
 @app.command("accuracy")
 def _accuracy(
-    runs: Annotated[Path, typer.Argument(metavar="RUNS.csv", help="Measured runs; docs/how-to/plan.md has the columns.")],
+    runs: Annotated[
+        Path, typer.Argument(metavar="RUNS.csv", help="Measured runs; docs/how-to/plan.md has the columns.")
+    ],
     plot: Annotated[
         Path | None, typer.Option("--plot", metavar="FILE", help="Draw predicted against measured: .svg or .html.")
     ] = None,

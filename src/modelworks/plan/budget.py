@@ -263,7 +263,12 @@ def _with_experts(best: Optimum) -> dict[str, float]:
     """
     total = best.parameters * (1 / 3 + 2 / 3 * 4)
     equivalent = routed_law().dense_equivalent(best.parameters, 4.0)
-    return {"active_parameters": best.parameters, "parameters": total, "dense_equivalent": equivalent, "tokens": best.tokens}
+    return {
+        "active_parameters": best.parameters,
+        "parameters": total,
+        "dense_equivalent": equivalent,
+        "tokens": best.tokens,
+    }
 
 
 def _whole_nodes(devices: float, cluster: ClusterSpec) -> int:
