@@ -321,7 +321,9 @@ class _Work:
                 lambda p: self.kernels.attention(batch, seq, seq, heads, kv_heads, dim, True, p), False
             )
             slowdown = self.setting.device.flash_2_slowdown if self.software.attention == "flash-2" else 1.0
-            forward = whole * slowdown / context
+            # A window leaves that share of the causal half, which fused kernels skip by blocks.
+            window = model.attended(seq_len) / (seq_len / 2)
+            forward = whole * slowdown * window / context
             return forward, forward * self.calibration.attention_backward, zero, zero
         scores = batch * heads * seq_len * (seq_len / context)
         rows = np.full(self.size, float(seq_len))
@@ -467,10 +469,10 @@ class _Work:
             launches, matmul=up, memory=norm_forward + shuffled / 2 + gate, expert=expert_exchange / 2
         )
         half = _Half(forward, backward, self.of(0), projections, weight_gradient)
-        if not moe.shared_experts:
+        if not model.shared_width:
             return half
-        # Shared experts: a dense network beside the routed ones, under their norm, with exchanges of its own.
-        shared = self._dense(moe.shared_experts * moe.expert_hidden / self.tensor)
+        # Shared experts or a residual network: a dense one beside the routed ones, under their norm, with exchanges of its own.
+        shared = self._dense(model.shared_width / self.tensor)
         tensor_forward, tensor_backward = self.tensor_times()
         return _Half(
             half.forward + shared.forward + self.of(0, tensor=tensor_forward),

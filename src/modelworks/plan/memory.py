@@ -269,7 +269,7 @@ def activation_bytes(
         rows = moe.top_k * factor * c.expert_tensor / t
         width = moe.expert_hidden / c.expert_tensor
         experts = norm_outputs + rows * (hidden * (low + e) + width * (inner * e + low))
-        experts = experts + moe.shared_experts * moe.expert_hidden / t * (inner * e + low)
+        experts = experts + model.shared_width / t * (inner * e + low)
     outside = norm_inputs + masks
     input_only = hidden * e / s
     wholes, less = [], []
