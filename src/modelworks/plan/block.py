@@ -13,6 +13,7 @@ all-gather and a reduce-scatter of the same bytes. Experts after GShard (arXiv:2
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -80,6 +81,21 @@ class LayerTimes:
     weight_gradient: FloatArray
     """The part of `backward` that no other stage waits for (Qi et al. 2023, zero-bubble schedules), seconds, (U,)."""
 
+    @cached_property
+    def both(self) -> FloatArray:
+        """Forward and backward together, (K, U)."""
+        return self.forward + self.backward
+
+    @cached_property
+    def totals(self) -> tuple[FloatArray, FloatArray]:
+        """All of the forward and all of the backward pass, each (U,)."""
+        return self.forward.sum(axis=0), self.backward.sum(axis=0)
+
+    @cached_property
+    def again(self) -> FloatArray:
+        """All that each kind of recomputation adds, (R, U)."""
+        return np.stack([kind.sum(axis=0) for kind in self.recompute])
+
 
 @dataclass(frozen=True)
 class BlockTimes:
@@ -93,6 +109,11 @@ class BlockTimes:
     head_backward: FloatArray
     boundary_bytes: FloatArray
     """What one stage sends to the next, (U,)."""
+
+    @cached_property
+    def head(self) -> FloatArray:
+        """The head's forward and backward pass together, (K, U)."""
+        return self.head_forward + self.head_backward
 
 
 def block_times(setting: Setting, shapes: Layouts) -> BlockTimes:

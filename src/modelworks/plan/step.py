@@ -144,14 +144,14 @@ class _Rows:
         parts, again = [], []
         for kind, layers in (("first", stages.first), ("middle", stages.middle), ("last", stages.last)):
             dense = dense_layers_of(model, c, kind, layers)
-            both = self._layers(lambda layer: layer.forward + layer.backward, dense, layers - dense)
-            head = (block.head_forward + block.head_backward)[:, which]
+            both = self._layers(lambda layer: layer.both, dense, layers - dense)
+            head = block.head[:, which]
             if kind == "first":
                 both += block.embedding[:, which] + np.where(alone, head, 0.0)
             if kind == "last":
                 both += head + np.where(alone, block.embedding[:, which], 0.0)
             parts.append(both)
-            again.append(self._layers(_recomputed, dense, layers - dense))
+            again.append(self._layers(lambda layer: layer.again, dense, layers - dense))
         self.times = np.stack(parts, axis=1).reshape(len(COMPONENTS), -1)
         """By component and, flat, by stage and layout: (K, 3 W)."""
         self.plain = [both.sum(axis=0) for both in parts]
@@ -161,9 +161,9 @@ class _Rows:
         assert layer is not None
         self.weight_gradient = stages.middle * layer.weight_gradient[which]
         shares = (model.dense_layers / model.layers, model.moe_layers / model.layers)
-        self.layer_forward = self._layers(lambda layer: layer.forward.sum(axis=0), *shares)
-        self.layer_backward = self._layers(lambda layer: layer.backward.sum(axis=0), *shares)
-        self.layer_again = self._layers(_recomputed, *shares).reshape(-1)
+        self.layer_forward = self._layers(lambda layer: layer.totals[0], *shares)
+        self.layer_backward = self._layers(lambda layer: layer.totals[1], *shares)
+        self.layer_again = self._layers(lambda layer: layer.again, *shares).reshape(-1)
         self.sends = _sends(setting, c, block.boundary_bytes[which], self.micro_batches)
         jitter = setting.calibration.jitter_per_doubling if setting.device.kind == "gpu" else 0.0
         self.jitter = jitter * np.log2(np.maximum(c.devices / setting.fabric.node_devices, 1.0))
@@ -209,11 +209,6 @@ class _Rows:
         """Forward and backward time of one layer (recomputation included), averaged over the network's layers."""
         again = self.layer_again.take(c.recompute * self.size + of_row) * c.recompute_share
         return self.layer_forward.take(of_row), self.layer_backward.take(of_row) + again
-
-
-def _recomputed(layer: LayerTimes) -> FloatArray:
-    """What each kind of recomputation adds to a layer's backward pass, (R, U)."""
-    return np.stack([kind.sum(axis=0) for kind in layer.recompute])
 
 
 def _sends(setting: Setting, c: Layouts, sent_bytes: FloatArray, m: FloatArray) -> FloatArray:
