@@ -1,4 +1,5 @@
-# The commands of a working copy. `make up` and `make test` need Python 3.11 or newer and nothing else.
+# The commands of a working copy. `make up` and `make test` need Python 3.11 or newer and libgomp.so.1
+# (on Debian: python3 python3-venv libgomp1), and the browser tests are skipped without Chromium.
 
 VENV := .venv
 BIN := $(VENV)/bin

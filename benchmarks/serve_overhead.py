@@ -93,7 +93,8 @@ async def _round(address: tuple[str, int], bodies: list[bytes]) -> tuple[list[fl
 async def _stream(address: tuple[str, int], body: bytes) -> tuple[float, int]:
     started = time.perf_counter()
     reader, writer = await asyncio.open_connection(*address)
-    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+    head += "Content-Type: application/json\r\n"
     writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
     first, received = 0.0, bytearray()
     while block := await reader.read(1 << 16):

@@ -74,13 +74,15 @@ STAGES = (
             Parameter("H100 sustained, bf16", 0.9, 0.5, 1.3, ("sustained", "h100-sxm", "bf16")),
             Parameter("H100 sustained, fp8", 0.9, 0.5, 1.3, ("sustained", "h100-sxm", "fp8")),
             Parameter("cast", 4.0, 2.0, 8.0, ("calibration", "cast_bytes")),
-            Parameter("attention backward", 3.0, 2.5, 3.5, ("calibration", "attention_backward")),
+            Parameter("attention backward", 3.0, 2.5, 4.0, ("calibration", "attention_backward")),
             Parameter("jitter", 0.003, 0.0, 0.01, ("calibration", "jitter_per_doubling")),
             Parameter("overlap slowdown", 0.2, 0.0, 1.0, ("calibration", "overlap_slowdown")),
             Parameter("all-to-all", 0.7, 0.3, 1.0, ("calibration", "all_to_all_efficiency")),
             Parameter("pipeline exposure", 0.2, 0.0, 1.0, ("calibration", "pipeline_exposure")),
             Parameter("tensor overlap", 0.5, 0.0, 1.0, ("software", *MEGATRON_CORE, "tensor_overlap_forward")),
-            Parameter("tensor overlap, backward", 0.5, 0.0, 1.0, ("software", *MEGATRON_CORE, "tensor_overlap_backward")),
+            Parameter(
+                "tensor overlap, backward", 0.5, 0.0, 1.0, ("software", *MEGATRON_CORE, "tensor_overlap_backward")
+            ),
             Parameter("element-wise traffic", 1.3, 1.0, 4.0, ("software", *MEGATRON_CORE, "stream_factor")),
             Parameter("expert host", 4e-4, 0.0, 5e-3, ("software", *MEGATRON_CORE, "expert_host_s")),
         ),

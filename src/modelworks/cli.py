@@ -211,7 +211,7 @@ def _print_summary(summary: dict[str, Any], released: dict[str, Any] | None) -> 
         console.print("go on with the same command and --resume")
     if released is not None:
         for kind, path in released["files"].items():
-            console.print(f"released {kind}: {path}")
+            console.print(f"released {kind}: {path}", soft_wrap=True)
         if released["served_as"]:
             console.print(f"talk to it: modelworks chat {released['served_as']}")
 
@@ -337,18 +337,18 @@ def release(
     Example: modelworks release grok-tiny --to safetensors,gguf --quantize q8_0,q4_k
     """
     from modelworks.release.package import release_run
-    from modelworks.serve.store import Store
     from modelworks.train.record import RunRecord
+    from modelworks.train_command import offer
 
     if layout not in ("sglang", "vllm"):
         raise InputError(f"--layout {layout} is not accepted: sglang or vllm is")
-    folder = RunRecord(run).folder
+    record = RunRecord(run)
     kinds = quantize.split(",") if quantize else None
     result = _with_progress(
-        lambda progress: release_run(folder, to.split(","), kinds, progress, dtype=dtype, vllm=layout == "vllm")
+        lambda progress: release_run(record.folder, to.split(","), kinds, progress, dtype=dtype, vllm=layout == "vllm")
     )
     if result.gguf is not None:
-        Store().add(folder.name, result.gguf, source=f"run {folder.name}")
+        offer(record.spec(), result.gguf)
     if as_json:
         verification = {name: found.as_dict() for name, found in result.verification.items()}
         print(json.dumps({"folder": str(result.folder), "files": sorted(result.files), "verification": verification}))
@@ -511,6 +511,9 @@ def _served(name: str) -> Any:
 
 Slots = Annotated[int, typer.Option(min=1, max=256, help="Chats that a model answers at once; more wait.")]
 Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="Threads that compute; default: cores minus one.")]
+HostNames = Annotated[
+    list[str] | None, typer.Option(metavar="NAME", help="A name, such as a proxy's, by which browsers may call this.")
+]
 ContextTokens = Annotated[int, typer.Option(min=16, help="Tokens per chat, prompt and answer together.")]
 
 
@@ -522,15 +525,18 @@ def _serve(
     slots: Slots = 4,
     threads: Threads = None,
     context: ContextTokens = 4096,
+    allow_host: HostNames = None,
 ) -> None:
     """Serve the stored models over an OpenAI-compatible API; MODEL is loaded at once, others when asked for.
 
     Example: [bold]modelworks serve smollm2-135m --port 8000[/bold]
     """
     from modelworks.serve.listen import serve
+    from modelworks.serve.llamacpp import EngineSettings
 
     store = _served(model)
-    serve(store, model, host=host, port=port, slots=slots, threads=threads, context=context)
+    settings = EngineSettings(slots=slots, threads=threads, context=context)
+    serve(store, model, settings, host=host, port=port, hosts=allow_host or [])
 
 
 @app.command("chat")
@@ -572,6 +578,7 @@ def _up(
     port: Annotated[int, typer.Option(help="Where to listen; 0 takes a free port.")] = 8080,
     host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 lets others in.")] = "127.0.0.1",
     no_run: Annotated[bool, typer.Option("--no-run", help="Don't train the first run in the background.")] = False,
+    allow_host: HostNames = None,
     check: Annotated[bool, typer.Option("--check", help="Walk the whole line once, headless, and report.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
@@ -599,7 +606,7 @@ def _up(
         return
     from modelworks.web.up import up
 
-    up(host, port, not no_run, console)
+    up(host, port, not no_run, console, allow_host or [])
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import signal
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -138,23 +139,23 @@ def release(folder: Path, spec: RunSpec, say: Say) -> dict[str, Any]:
     packages = release_run(folder, to=list(spec.release.to), quantize=list(spec.release.quantize))
     served_as = None
     if packages.gguf is not None:
-        from modelworks.serve.store import Store
-
-        Store().add(
-            spec.name,
-            packages.gguf,
-            source=f"run {spec.name}",
-            license=spec.release.license,
-            context=spec.model.context,
-        )
-        served_as = spec.name
+        served_as = offer(spec, packages.gguf)
     return {"files": {kind: str(path) for kind, path in packages.files.items()}, "served_as": served_as}
+
+
+def offer(spec: RunSpec, gguf: Path) -> str:
+    """Store a run's GGUF file among the models that can be talked to; returns its name there, which is the run's."""
+    from modelworks.serve.store import Store
+
+    source = f"run {spec.name}"
+    return Store().add(spec.name, gguf, source=source, license=spec.release.license, context=spec.model.context).name
 
 
 def compare(record: RunRecord) -> dict[str, dict[str, float | None]]:
     """A run's plan beside what was measured: per quantity ``planned``, ``measured`` and ``ratio``.
 
-    The measurement is the mean over all logged steps but the first, which also warms up.
+    The measurement is that of the median step, as on the model card, of all that were logged but the first, which also
+    warms up: a machine that slept for an hour makes one step long, and says nothing of the others.
 
     Raises
     ------
@@ -166,7 +167,7 @@ def compare(record: RunRecord) -> dict[str, dict[str, float | None]]:
         raise OperationError(f"run {record.name} has no plan.json: it was not started by the train command")
     if not rows:
         raise OperationError(f"run {record.name} has not logged two steps yet")
-    step_time = sum(row["step_time_s"] for row in rows) / len(rows)
+    step_time = statistics.median(row["step_time_s"] for row in rows)
     tokens_per_s = record.spec().train.tokens_per_step / step_time
     mfu_per_rate = rows[-1]["mfu"] / rows[-1]["tokens_per_s"]
     measured = {"step_time_s": step_time, "tokens_per_s": tokens_per_s, "mfu": tokens_per_s * mfu_per_rate}

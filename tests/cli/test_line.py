@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from modelworks.serve.store import Store
+
 pytestmark = pytest.mark.slow
 
 SPEC = """
@@ -62,6 +64,12 @@ def test_a_spec_becomes_a_verified_model_with_a_card_that_says_what_it_read(home
     assert verification
     served = json.loads(modelworks("models", "list", "--json"))
     assert any(model["name"] == "line" for model in (served["served"] if isinstance(served, dict) else served))
+
+    before = Store(home / "models").get("line")
+    modelworks("models", "rm", "line")
+    modelworks("release", "line")
+    again = Store(home / "models").get("line")
+    assert (again.license, again.context, again.source) == (before.license, before.context, before.source)
 
     compared = json.loads(modelworks("runs", "compare", "line", "--json"))
     assert compared["step_time_s"]["planned"] > 0

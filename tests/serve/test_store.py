@@ -16,7 +16,6 @@ import pytest
 
 from modelworks.serve.download import Source, pull
 from modelworks.serve.errors import UnknownModelError
-from modelworks.serve.gguf_header import read_header
 from modelworks.serve.listen import open_port
 from modelworks.serve.store import Store
 from modelworks.spec.errors import InputError, OperationError
@@ -81,15 +80,6 @@ def make_wheel(index: Path, content: bytes) -> Path:
 
 def left_over(store: Store) -> list[str]:
     return [path.name for path in store.folder.iterdir() if not path.name.endswith(".lock")]
-
-
-def test_a_header_says_what_the_formats_own_reader_says(gguf: Path) -> None:
-    reader = pytest.importorskip("gguf").GGUFReader(gguf)
-    header = read_header(gguf)
-    assert header.tensors == len(reader.tensors)
-    assert header.parameters == sum(int(tensor.n_elements) for tensor in reader.tensors)
-    assert header.context == reader.fields["llama.context_length"].contents()
-    assert header.chat_template == reader.fields["tokenizer.chat_template"].contents()
 
 
 @pytest.mark.parametrize("kept", [0, 3, 20, 100, 200, -1, -4096])

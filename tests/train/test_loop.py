@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -223,6 +224,26 @@ def test_a_time_budget_ends_the_run_with_the_schedule_decayed(make_spec: MakeSpe
     assert 1.5 <= result.elapsed_s < 8.0
     assert rows[0]["learning_rate"] == pytest.approx(1e-3)
     assert rows[-1]["learning_rate"] < 4e-4
+
+
+def test_time_used_up_by_a_checkpoint_still_ends_the_run_with_its_final_rate_and_a_validation(
+    make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = checkpoint.save
+
+    def slowly(*arguments: Any) -> Path:
+        time.sleep(0.6)
+        return save(*arguments)
+
+    monkeypatch.setattr(checkpoint, "save", slowly)
+    budget = {"max_time": 1.5, "validate_every": 0, "warmup_fraction": 0.0, "final_fraction": 0.25}
+    result = _train(make_spec(tokens=10_000_000, sections={"checkpoint": {"every_steps": 1}}, **budget))
+    rows = RunRecord("tiny").metrics()
+    assert result.state == "finished"
+    assert result.step <= 4
+    assert rows[-1]["step"] == result.step
+    assert rows[-1]["validation_bpb"] == result.validation_bpb is not None
+    assert rows[-1]["learning_rate"] == pytest.approx(0.25e-3)
 
 
 @pytest.mark.parametrize(

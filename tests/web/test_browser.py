@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -18,6 +19,7 @@ from modelworks.spec.errors import OperationError
 
 CHROMIUM = Path("/usr/bin/chromium")
 MODEL = "smollm2-135m"
+ANSWER = "Like **this**:\n\n```python\nwords.reverse()\n```\n\nIn place."
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 pytestmark = [pytest.mark.slow, pytest.mark.browser]
 
@@ -86,6 +88,18 @@ def page(browser, server):
     context.close()
 
 
+@pytest.fixture
+def talk(home) -> Iterator[str]:
+    """A conversation that is there already, with code in its answer."""
+    store = ConversationStore(home / "modelworks.db")
+    conversation = store.create(MODEL)
+    question = store.add(conversation.id, "user", "How does one reverse a list?", None)
+    store.add(conversation.id, "assistant", ANSWER, question.id, MODEL)
+    yield conversation.id
+    store.delete(conversation.id)
+    store.close()
+
+
 def send(page, text: str) -> None:
     page.get_by_label("Message", exact=True).fill(text)
     page.get_by_label("Message", exact=True).press("Enter")
@@ -152,6 +166,186 @@ def test_a_phone_shows_the_chat_without_scrolling_sideways_and_the_drawer_on_dem
     context.close()
 
 
+def answered(page, count: int = 1) -> None:
+    """Wait until the last of so many answers shown has ended."""
+    page.wait_for_function(
+        "count => document.querySelectorAll('.turn.model').length === count"
+        " && document.querySelectorAll('[aria-label=\"Answer again\"]').length === count",
+        arg=count,
+        timeout=90_000,
+    )
+
+
+def shown_question(page) -> str:
+    return page.locator(".bubble").first.inner_text()
+
+
+def test_an_answer_is_asked_for_again_and_an_edited_question_and_all_versions_are_kept(page):
+    page.goto("/")
+    send(page, "Tell me a long story about a swan.")
+    page.wait_for_function("document.querySelector('.said')?.innerText.length > 40", timeout=60_000)
+    page.get_by_label("Stop", exact=True).click()
+    answered(page)
+    first = page.locator(".said").inner_text()
+    assert "Stopped" in page.locator(".turn.model .tools").inner_text()
+
+    page.get_by_label("Answer again").click()
+    page.get_by_label("Stop", exact=True).wait_for()
+    page.get_by_label("Stop", exact=True).click()
+    answered(page)
+    assert "2/2" in page.locator(".turn.model .tools").inner_text()
+    page.get_by_label("Earlier version").click()
+    page.locator(".turn.model", has_text="1/2").wait_for()
+    assert page.locator(".said").inner_text() == first
+
+    page.locator(".turn.user").hover()
+    page.locator(".turn.user").get_by_label("Edit", exact=True).click()
+    page.get_by_role("textbox", name="Edit").fill("Name one colour.")
+    page.locator(".turn.user").get_by_role("button", name="Send").click()
+    page.locator(".bubble", has_text="Name one colour.").wait_for()
+    answered(page)
+    page.locator(".turn.user").hover()
+    page.locator(".turn.user").get_by_label("Earlier version").click()
+    page.locator(".bubble", has_text="swan").wait_for()
+    page.locator(".turn.model").get_by_label("Earlier version").click()
+    page.locator(".turn.model", has_text="1/2").wait_for()
+    page.reload()
+    page.locator(".said").first.wait_for()
+    assert shown_question(page) == "Tell me a long story about a swan."
+    assert page.locator(".said").inner_text() == first
+    assert "1/2" in page.locator(".turn.user").inner_text()
+
+
+def test_a_cancelled_edit_leaves_the_question_as_it_was(page, talk):
+    page.goto(f"/c/{talk}")
+    page.locator(".turn.user").hover()
+    page.locator(".turn.user").get_by_label("Edit", exact=True).click()
+    page.get_by_role("textbox", name="Edit").fill("Something else")
+    page.get_by_role("button", name="Cancel").click()
+    page.locator(".bubble").wait_for()
+    assert shown_question(page) == "How does one reverse a list?"
+    assert "1/2" not in page.locator(".turn.user").inner_text()
+
+
+def test_what_was_said_and_its_code_are_copied_as_they_were_written(browser, server, talk):
+    context = browser.new_context(base_url=server.url, permissions=["clipboard-read", "clipboard-write"])
+    page = context.new_page()
+    page.goto(f"/c/{talk}")
+    page.locator(".turn.model").get_by_label("Copy", exact=True).click()
+    page.wait_for_function(f"navigator.clipboard.readText().then(text => text === {json.dumps(ANSWER)})")
+    page.locator(".code-copy").click()
+    page.wait_for_function("navigator.clipboard.readText().then(text => text === 'words.reverse()\\n')")
+    page.locator(".turn.user").hover()
+    page.locator(".turn.user").get_by_label("Copy", exact=True).click()
+    page.wait_for_function("navigator.clipboard.readText().then(text => text === 'How does one reverse a list?')")
+    context.close()
+
+
+def test_a_conversation_is_renamed_in_the_list_and_in_the_title_and_deleted_for_good(page, home, talk):
+    page.goto(f"/c/{talk}")
+    entry = page.locator(".talk.here")
+    entry.get_by_label("More").click()
+    page.locator(".q-menu").wait_for()
+    page.wait_for_timeout(400)
+    assert page.locator(".q-menu").bounding_box()["width"] < 300
+    page.get_by_text("Rename", exact=True).click()
+    page.locator(".q-dialog input").fill("Lists & <b>more</b>")
+    page.locator(".q-dialog input").press("Enter")
+    page.locator(".talk.here", has_text="Lists & <b>more</b>").wait_for()
+    page.wait_for_function("document.title === 'Lists & <b>more</b> · Modelworks'")
+    page.reload()
+    page.locator(".talk.here", has_text="Lists & <b>more</b>").get_by_label("More").click()
+    page.get_by_text("Delete", exact=True).click()
+    page.get_by_role("button", name="Delete").click()
+    page.wait_for_url("**/")
+    assert page.locator(".talk", has_text="Lists & <b>more</b>").count() == 0
+    page.goto(f"/c/{talk}")
+    page.get_by_text("This conversation isn't here").wait_for()
+
+
+def test_the_model_that_is_picked_answers_and_is_remembered_by_the_conversation(page, home):
+    store = Store(home / "models")
+    store.add("twin", store.path(MODEL), source="the same file under another name")
+    page.goto("/")
+    page.get_by_label("Model", exact=True).click()
+    page.get_by_role("option", name="twin").click()
+    send(page, "Name one animal.")
+    answered(page)
+    assert page.locator(".who").inner_text() == "twin"
+    page.wait_for_function("document.title === 'Name one animal. · Modelworks'")
+    page.reload()
+    page.locator(".picker", has_text="twin").wait_for()
+    store.remove("twin")
+    page.locator(".picker", has_text=MODEL).wait_for()
+
+
+def test_a_model_is_removed_and_fetched_again_on_its_page(browser, tmp_path, home):
+    own = tmp_path / "home"
+    (own / "models").mkdir(parents=True)
+    Store(own / "models").add(MODEL, Store(home / "models").path(MODEL), source="here")
+    server = RunningServer(own)
+    context = browser.new_context(base_url=server.url)
+    page = context.new_page()
+    page.goto("/models")
+    page.get_by_label(f"Remove {MODEL}").click()
+    page.get_by_role("button", name="Cancel").click()
+    assert Store(own / "models").list()
+    page.get_by_label(f"Remove {MODEL}").click()
+    page.get_by_role("button", name="Remove", exact=True).click()
+    page.get_by_role("button", name="Fetch").wait_for()
+    assert not Store(own / "models").list()
+    page.get_by_role("button", name="Fetch").click()
+    page.get_by_role("button", name="Chat with it").wait_for(timeout=300_000)
+    page.get_by_role("button", name="Chat with it").click()
+    page.wait_for_url(f"**/?model={MODEL}")
+    send(page, "Name one animal.")
+    answered(page)
+    context.close()
+    server.end()
+
+
+def test_a_run_is_stopped_and_resumed_on_its_page(page, home, server):
+    from modelworks.spec.files import dumps
+    from modelworks.web.check import SMALLER
+    from modelworks.web.up import first_run_spec
+
+    spec_file = home / "halted.toml"
+    spec_file.write_text(dumps(first_run_spec()))
+    changed = [*SMALLER, "name=halted", "release.to=[]", "train.tokens=4_000_000"]
+    command = [sys.executable, "-m", "modelworks", "train", str(spec_file), *[f"--set={one}" for one in changed]]
+    with subprocess.Popen([*command, "--json"], env=server.environment, stdout=subprocess.DEVNULL) as training:
+        while not (home / "runs" / "halted" / "run.toml").exists():
+            assert training.poll() is None
+            time.sleep(0.1)
+        page.goto("/runs/halted")
+        page.locator(".state.running").wait_for(timeout=60_000)
+        page.get_by_role("button", name="Stop").click()
+        page.locator(".state.stopped").wait_for(timeout=60_000)
+        assert training.wait(30) == 0
+    stopped_at = json.loads((home / "runs" / "halted" / "status.json").read_text())["step"]
+    page.get_by_role("button", name="Resume").click()
+    page.locator(".state.running").wait_for(timeout=60_000)
+    deadline = time.monotonic() + 60
+    while json.loads((home / "runs" / "halted" / "status.json").read_text())["step"] <= stopped_at:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    page.get_by_role("button", name="Stop").click()
+    page.locator(".state.stopped").wait_for(timeout=60_000)
+    assert {path.name for path in (home / "runs" / "halted" / "checkpoints").iterdir()}
+
+
+def test_a_long_title_is_cut_so_that_its_menu_stays_in_reach(page, home, talk):
+    store = ConversationStore(home / "modelworks.db")
+    store.rename(talk, "A title that is far too long for the side of the page and is cut therefore")
+    store.close()
+    page.goto(f"/c/{talk}")
+    side = page.locator(".side").bounding_box()
+    for part in (page.locator(".talk.here"), page.locator(".talk.here").get_by_label("More")):
+        box = part.bounding_box()
+        assert box["x"] + box["width"] <= side["x"] + side["width"]
+    assert page.locator(".nav.here").bounding_box()["width"] > 0.8 * side["width"]
+
+
 def test_the_theme_that_was_chosen_is_remembered(page):
     page.goto("/")
     page.get_by_label("Dark or light").click()
@@ -180,6 +374,31 @@ def test_a_kill_in_mid_answer_leaves_the_conversation_and_marks_the_answer(brows
     assert question.content == "Tell me a long story about a whale."
     assert answer.state == "interrupted"
     assert len(answer.content) > 20
+
+
+def test_a_page_of_another_origin_can_neither_read_the_pages_nor_open_their_websocket(server):
+    assert httpx.get(server.url).status_code == 200
+    assert httpx.get(server.url, headers={"Host": "evil.example"}).status_code == 403
+    socket_io = f"{server.url}/_nicegui_ws/socket.io/?EIO=4&transport=polling"
+    upgrade = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
+    upgrade["Sec-WebSocket-Key"] = "dGhlIHNhbXBsZSBub25jZQ=="
+    for address, headers in ((socket_io, {}), (socket_io.replace("polling", "websocket"), upgrade)):
+        assert httpx.get(address, headers={"Origin": "http://evil.example", **headers}).status_code == 403
+
+
+def test_a_page_closed_with_a_question_open_leaves_no_error_behind(browser, home, tmp_path):
+    own = tmp_path / "home"
+    own.mkdir()
+    (own / "models").symlink_to(home / "models")
+    server = RunningServer(own)
+    page = browser.new_page(base_url=server.url)
+    page.goto("/models")
+    page.get_by_label(f"Remove {MODEL}").click()
+    page.get_by_role("button", name="Cancel").wait_for()
+    page.close()
+    time.sleep(12)  # until the server gives up waiting for the page to come back
+    server.end()
+    assert "Traceback" not in server.process.stdout.read()
 
 
 def test_a_second_server_on_one_folder_says_where_the_first_is(server):

@@ -23,7 +23,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from modelworks.plan.layout import PRECISIONS, Layouts, joined, layouts
-from modelworks.plan.planner import Candidate, candidate, setting_for, software_spec
+from modelworks.plan.planner import DEFAULT_SOFTWARE, Candidate, candidate, setting_for, software_spec
 from modelworks.plan.step import evaluate
 from modelworks.spec import catalog
 from modelworks.spec.errors import InputError
@@ -161,9 +161,7 @@ def summary(results: list[RunResult]) -> Summary:
     """The errors of some runs."""
     errors = np.array([result.error for result in results if result.error is not None])
     absolute = np.concatenate([np.abs(errors), np.ones(len(results) - len(errors))])
-    memory = [
-        abs(r.predicted_gib / r.measured_gib - 1) for r in results if r.predicted_gib and r.measured_gib
-    ]
+    memory = [abs(r.predicted_gib / r.measured_gib - 1) for r in results if r.predicted_gib and r.measured_gib]
     return Summary(
         n=len(results),
         failed=len(results) - len(errors),
@@ -279,8 +277,15 @@ def represent(row: Mapping[str, str], filled: list[str]) -> Represented:
     Unrepresentable
         Saying what the planner has no term for.
     """
-    software = software_spec(_matching("software", row["framework"], "framework"))
-    device = device_spec(_matching("hardware", row["gpu"], "gpu"))
+    name = _matching("software", row["framework"])
+    if name is None:
+        name = DEFAULT_SOFTWARE
+        filled.append(f"traits of {name} for an unknown framework")
+    software = software_spec(name)
+    device_name = _matching("hardware", row["gpu"])
+    if device_name is None:
+        raise Unrepresentable(f"gpu = {row['gpu']!r} is not in the catalog")
+    device = device_spec(device_name)
     count = _whole(row, "n_gpus")
     model = _model(row, software, filled)
     degrees = {name: _whole(row, name, 1) for name in ("tp", "pp", "cp", "ep")}
@@ -434,21 +439,29 @@ def _precision(row: Mapping[str, str], software: SoftwareSpec, filled: list[str]
 def _recompute(row: Mapping[str, str], software: SoftwareSpec, filled: list[str]) -> tuple[str, float]:
     """The kind of recomputation and the share of the layers it applies to."""
     given = row.get("recompute", "").lower()
+    layers = re.search(r"(\d+)(?: of \d+)? layers?", given)
     if not given:
         filled.append(f"recompute = {software.recompute}")
         return software.recompute, 1.0
     if given.startswith("none"):
         return "none", 1.0
-    if given.startswith("full"):
+    if layers:
+        stage = _whole(row, "layers") / _whole(row, "pp", 1)
+        return "full", min(1.0, int(layers[1]) / stage)
+    if given.startswith(("full", "uniform", "block")):
         return "full", 1.0
     if given.startswith("selective") and software.name == "torchtitan":
         # Every second layer, or every second matrix product of each layer: half of the work either way.
         return "full", 0.5
-    if given.startswith("selective"):
+    if given.startswith(("selective", "mla")):
+        return "selective", 1.0
+    if "minimal" in given:
+        # MaxText's and Paxml's policy that keeps the results of all matrix products.
         return "selective", 1.0
     if "qkv" in given or "proj" in given:
-        return ("selective", 1.0) if given.startswith("mla") else ("projections", 1.0)
-    raise Unrepresentable(f"recompute = {row['recompute']!r} has no counterpart")
+        return "projections", 1.0
+    filled.append(f"recompute = {software.recompute} for the unknown {given!r}")
+    return software.recompute, 1.0
 
 
 def _shards(row: Mapping[str, str], dp: int, cp: int) -> int:
@@ -489,7 +502,16 @@ def _number(row: Mapping[str, str], name: str, where: str = "", whole: bool = Fa
     if not math.isfinite(value) or value < lowest or value > _LARGEST or (whole and value != int(value)):
         kind = "whole number" if whole else "number"
         raise InputError(f"{where or row.get('run_id')}: {name} = {text!r} is not accepted: a {kind} from 0 to 1e12 is")
-    if value == 0 and name in ("step_time_s", "n_gpus", "layers", "hidden", "heads", "vocab", "seq_len", "global_batch"):
+    if value == 0 and name in (
+        "step_time_s",
+        "n_gpus",
+        "layers",
+        "hidden",
+        "heads",
+        "vocab",
+        "seq_len",
+        "global_batch",
+    ):
         raise InputError(f"{where or row.get('run_id')}: {name} = 0 is not accepted: a positive number is")
     return value
 
@@ -508,9 +530,9 @@ def _patterns(kind: catalog.Kind) -> list[tuple[str, str]]:
     return [(pattern, entry.name) for entry in catalog.entries(kind) for pattern in entry.values.get("matches", [])]
 
 
-def _matching(kind: catalog.Kind, given: str, column: str) -> str:
-    """The catalog's entry for what a list of runs calls a device or a framework."""
+def _matching(kind: catalog.Kind, given: str) -> str | None:
+    """The catalog's entry for what a list of runs calls a device or a framework; the most telling pattern counts."""
     for pattern, name in sorted(_patterns(kind), key=lambda pair: -len(pair[0])):
         if fnmatch.fnmatch(given.strip().lower(), pattern):
             return name
-    raise Unrepresentable(f"{column} = {given!r} is not in the catalog")
+    return None

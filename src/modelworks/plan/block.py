@@ -12,6 +12,7 @@ all-gather and a reduce-scatter of the same bytes. Experts after GShard (arXiv:2
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -20,7 +21,7 @@ import numpy as np
 from modelworks.plan.collectives import Fabric
 from modelworks.plan.kernels import Kernels
 from modelworks.plan.layout import PRECISIONS, FloatArray, Layouts
-from modelworks.spec.hardware import DeviceSpec
+from modelworks.spec.hardware import DeviceSpec, Precision
 from modelworks.spec.model import ModelSpec
 from modelworks.spec.software import CalibrationSpec, SoftwareSpec
 
@@ -174,18 +175,36 @@ class _Work:
 
     def product(self, m: FloatArray, n: FloatArray, k: FloatArray, low: bool = True) -> FloatArray:
         """Seconds of a matrix product (m, k) x (k, n); in fp8 only where `low` allows."""
-        return self._by_precision(lambda p: self.kernels.gemm(m, n, k, p), low)
+        return self._sustained(lambda precision: self.kernels.gemm(m, n, k, precision), low)
 
     def grouped(self, groups: FloatArray, m: FloatArray, n: FloatArray, k: FloatArray) -> FloatArray:
+        """Seconds of as many products of that shape, side by side or one after the other."""
         if self.software.experts == "sequential":
             return groups * self.product(m, n, k)
-        return self._by_precision(lambda p: self.kernels.grouped_gemm(groups, m, n, k, p), True)
+        return self._sustained(lambda precision: self.kernels.grouped_gemm(groups, m, n, k, precision), True)
 
-    def _by_precision(self, timed, low: bool) -> FloatArray:  # type: ignore[no-untyped-def]
+    def _sustained(self, timed: Callable[[Precision], FloatArray], low: bool) -> FloatArray:
+        """Seconds of products in each shape's precision, at the rate that a device keeps up.
+
+        Power bounds what narrower numbers gain: none is faster than bf16 by more than `low_precision_gain` for each
+        halving, however fast a short measurement was.
+        """
+
+        def kept_up(precision: Precision) -> FloatArray:
+            time = timed(precision) / self.setting.sustained(precision)
+            halvings = {"fp8": 1, "fp4": 2}.get(precision, 0)
+            if halvings:
+                time = np.maximum(time, kept_up("bf16") / self.calibration.low_precision_gain**halvings)
+            return time
+
+        return self.by_precision(kept_up, low)
+
+    def by_precision(self, timed: Callable[[Precision], FloatArray], low: bool) -> FloatArray:
+        """Each shape's time in its precision; in bf16 instead of what is narrower where `low` is false."""
         out = np.zeros(self.size)
         for code in np.unique(self.shapes.precision):
             name = PRECISIONS[code] if low or PRECISIONS[code] not in ("fp8", "fp4") else "bf16"
-            out = np.where(self.shapes.precision == code, timed(name) / self.setting.sustained(name), out)
+            out = np.where(self.shapes.precision == code, timed(name), out)
         return out
 
     def exchange(self, passes: int = 1) -> FloatArray:
@@ -302,9 +321,7 @@ class _Work:
         ]
         return products, q_width, v_width
 
-    def _core(
-        self, heads: FloatArray, kv_heads: FloatArray
-    ) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
+    def _core(self, heads: FloatArray, kv_heads: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
         """Attention's core: products forward and backward, and the scores' traffic where they are written out."""
         model, seq_len = self.model, self.setting.seq_len
         batch, context = self.shapes.micro_batch, self.shapes.context
@@ -315,7 +332,7 @@ class _Work:
         if self.software.attention != "unfused":
             seq = np.full(self.size, float(seq_len))
             dim = np.full(self.size, (key_dim + value_dim) / 2)
-            whole = self._by_precision(
+            whole = self.by_precision(
                 lambda p: self.kernels.attention(batch, seq, seq, heads, kv_heads, dim, True, p), False
             )
             slowdown = self.setting.device.flash_2_slowdown if self.software.attention == "flash-2" else 1.0
@@ -373,9 +390,7 @@ class _Work:
         casts = self.precision_casts(tokens * (hidden + width))
         gradient_casts = self.precision_casts(tokens * (hidden + inner))
         count = self.software.kernels_per_layer
-        forward = self.of(
-            count / 2, matmul=up + down, memory=norm_forward + gate + casts, tensor=tensor_forward
-        )
+        forward = self.of(count / 2, matmul=up + down, memory=norm_forward + gate + casts, tensor=tensor_forward)
         backward = self.of(
             count,
             matmul=data_gradient + weight_gradient,
@@ -399,8 +414,9 @@ class _Work:
         per_expert = rows / local_experts
         width = moe.expert_hidden / shapes.expert_tensor
         inner = width * (2 if model.gated_mlp else 1)
-        up, down = self.grouped(local_experts, per_expert, inner, hidden), self.grouped(
-            local_experts, per_expert, hidden, width
+        up, down = (
+            self.grouped(local_experts, per_expert, inner, hidden),
+            self.grouped(local_experts, per_expert, hidden, width),
         )
         data_gradient = self.grouped(local_experts, per_expert, hidden, inner) + self.grouped(
             local_experts, per_expert, width, hidden
@@ -445,9 +461,7 @@ class _Work:
             + shuffled
             + gate_backward
             + gradient_casts
-            + self.accumulation(
-                local_experts * hidden * (inner + width), self.software.expert_gradient_accumulation
-            ),
+            + self.accumulation(local_experts * hidden * (inner + width), self.software.expert_gradient_accumulation),
             expert=expert_exchange,
             tensor=inside,
             launch=host,

@@ -76,9 +76,7 @@ class Fabric:
         crosses = ranks * stride > self.island
         return np.where(crosses, self.nic_bytes / self.oversubscription, self.nic_bytes)
 
-    def _ring(
-        self, kind: str, size_bytes: FloatArray, ranks: IntArray, stride: IntArray, passes: float
-    ) -> FloatArray:
+    def _ring(self, kind: str, size_bytes: FloatArray, ranks: IntArray, stride: IntArray, passes: float) -> FloatArray:
         """Rings over domains: each of a domain's `inside` ranks carries its share of the bytes in a ring of its own.
 
         Thakur et al. 2005 (Optimization of Collective Communication Operations in MPICH), the ring algorithms, with

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from modelworks.spec.hardware import Precision
 from modelworks.spec.model import ModelSpec
 
 IntArray = NDArray[np.int64]
@@ -24,7 +25,7 @@ RECOMPUTE = ("none", "selective", "projections", "full")
 """What the backward pass computes again: nothing; the attention's core (Korthikanti et al. 2022, section 5); all but
 the attention's projections; everything but each layer's input (Chen et al. 2016)."""
 SCHEDULES = ("1f1b", "interleaved", "zero-bubble")
-PRECISIONS = ("bf16", "fp8", "fp16", "fp32", "tf32", "fp4")
+PRECISIONS: tuple[Precision, ...] = ("bf16", "fp8", "fp16", "fp32", "tf32", "fp4")
 
 
 @dataclass(frozen=True)

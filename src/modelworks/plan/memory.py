@@ -142,7 +142,9 @@ def stages_memory(
     kept = kept_bytes(setting, candidates, stages, micro_batches)
     found = {}
     for index, kind in enumerate(STAGES):
-        one = KeptBytes(*(np.repeat(table[[index]], len(STAGES), axis=0) for table in (kept.base, kept.saved, kept.logits)))
+        one = KeptBytes(
+            *(np.repeat(table[[index]], len(STAGES), axis=0) for table in (kept.base, kept.saved, kept.logits))
+        )
         found[kind] = memory_bytes(
             setting, candidates, (np.repeat(state[[index]], len(STAGES), axis=0), every), (one, every)
         )
@@ -252,8 +254,8 @@ def activation_bytes(
     core = (q_width + kv_width) * e
     written = 0.0 * tokens
     if software.attention == "unfused":
-        written = model.heads / t * setting.seq_len * (2 * e + (1 + e if software.dropout else 0)) / 2 * 1.0
-        written = model.heads / t * setting.seq_len * (5.0 if software.dropout else 4.0)
+        # Softmax's result, and with dropout its own and a mask of a byte an element.
+        written = model.heads / t * setting.seq_len * (2 * e + 1.0 if software.dropout else e)
     result = out_width * np.where(c.precision == PRECISIONS.index("fp8"), e + low, e)
     inner = 2 if model.gated_mlp else 1
     attention = linear_input + core + latent + result
@@ -267,24 +269,17 @@ def activation_bytes(
         width = moe.expert_hidden / c.expert_tensor
         experts = norm_outputs + rows * (hidden * (low + e) + width * (inner * e + low))
         experts = experts + moe.shared_experts * moe.expert_hidden / t * (inner * e + low)
-    whole_dense, whole_experts = norm_inputs + masks + attention + written + dense, 0.0 * tokens
-    whole_experts = norm_inputs + masks + attention + written + experts
-    ffn_share = (whole_dense - dense, whole_experts - experts)
+    outside = norm_inputs + masks
     input_only = hidden * e / s
-    less = []
-    for whole, rest in ((whole_dense, ffn_share[0]), (whole_experts, ffn_share[1])):
-        choices = np.stack(
-            [
-                whole,
-                whole - written,
-                rest - written - result + result - core * 0.0 - linear_input,
-                np.broadcast_to(input_only, whole.shape),
-            ]
-        )
-        less.append(whole - choices)
+    wholes, less = [], []
+    for feed_forward in (dense, experts):
+        whole = outside + attention + written + feed_forward
+        kept = (whole, whole - written, outside + core + latent, np.broadcast_to(input_only, whole.shape))
+        wholes.append(whole)
+        less.append(whole - np.stack(kept))
     dense_layers = dense_layers_of(model, c, kind, layers)
     expert_layers = layers - dense_layers
-    total = dense_layers * whole_dense + expert_layers * whole_experts
+    total = dense_layers * wholes[0] + expert_layers * wholes[1]
     working = np.where(dense_layers > 0, less[0], less[1])
     saved = dense_layers * less[0] + expert_layers * less[1]
     return total * tokens, saved * tokens, np.maximum(working, 0.0) * tokens

@@ -64,7 +64,9 @@ def bubble(
     both = first + last + (p - 2) * middle
     slowest = np.maximum(np.maximum(first, last), middle)
     others = np.where(alone, 0.0, np.maximum(both - slowest, 0.0))
-    others = np.where(candidates.schedule == _ZERO_BUBBLE, np.maximum(others - 2 * (p - 1) * weight_gradient, 0.0), others)
+    others = np.where(
+        candidates.schedule == _ZERO_BUBBLE, np.maximum(others - 2 * (p - 1) * weight_gradient, 0.0), others
+    )
     return others / v
 
 

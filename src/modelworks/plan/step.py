@@ -266,9 +266,7 @@ def _exchanges(
 
     reduced = reduce(plain * gradient_bytes, shards, c.tensor)
     reduced = reduced + fabric.all_reduce(plain * gradient_bytes / shards, groups, c.tensor * shards)
-    reduced = reduced + np.where(
-        experts > 0, reduce(experts * gradient_bytes, expert_replicas, expert_stride), 0.0
-    )
+    reduced = reduced + np.where(experts > 0, reduce(experts * gradient_bytes, expert_replicas, expert_stride), 0.0)
     gathered = fabric.all_gather(plain * weight_bytes, shards, c.tensor)
     gathered = gathered + np.where(
         experts > 0, fabric.all_gather(experts * weight_bytes, expert_replicas, expert_stride), 0.0

@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modelworks.release.gguf_file import GgufFile, read_gguf
+from modelworks.release.gguf_file import values
 from modelworks.release.gguf_network import ROPE_FACTORS, from_neighbours, rotated_heads, spec_of
 from modelworks.release.huggingface import Progress, load_pretrained, write_model, write_tensors
 from modelworks.release.layouts import TensorPlace, layout_for, places
 from modelworks.release.staging import refuse_existing, staged_folder
 from modelworks.release.vocabulary import vocabulary_of, write_tokenizer
 from modelworks.spec.errors import InputError
+from modelworks.spec.gguf_header import GgufHeader, read_gguf_header
 from modelworks.spec.model import ModelSpec
 
 _TOKENIZER_FILES = (
@@ -39,7 +40,7 @@ def import_gguf(file: Path, out: Path, dtype: str = "float32", progress: Progres
         each other; or if `out` exists.
     """
     refuse_existing(out.expanduser().absolute())
-    content = read_gguf(file)
+    content = read_gguf_header(file)
     spec = spec_of(content)
     vocabulary = vocabulary_of(content.metadata, str(file))
     if len(vocabulary.tokens) != spec.vocab:
@@ -63,7 +64,7 @@ def import_huggingface(folder: Path, out: Path, dtype: str = "float32", progress
     return decoder.spec
 
 
-def _checked(content: GgufFile, spec: ModelSpec) -> dict[str, TensorPlace]:
+def _checked(content: GgufHeader, spec: ModelSpec) -> dict[str, TensorPlace]:
     """The file's tensors by our parameter, each of the network's shape, none missing and none over."""
     by_ours = {place.ours: place for place in places(spec, "gguf")}
     for place in by_ours.values():
@@ -82,7 +83,7 @@ def _checked(content: GgufFile, spec: ModelSpec) -> dict[str, TensorPlace]:
     return by_ours
 
 
-def _tensors(content: GgufFile, spec: ModelSpec, stored: dict[str, TensorPlace]) -> Iterator[tuple[str, Tensor]]:
+def _tensors(content: GgufHeader, spec: ModelSpec, stored: dict[str, TensorPlace]) -> Iterator[tuple[str, Tensor]]:
     """The tensors under their Hugging Face names; a layer's experts are read together and given out one by one."""
     ours, tensor = "", torch.empty(0)
     for place in places(spec, layout_for(spec)):
@@ -91,10 +92,10 @@ def _tensors(content: GgufFile, spec: ModelSpec, stored: dict[str, TensorPlace])
         yield place.theirs, tensor if place.expert is None else tensor[place.expert]
 
 
-def _values(content: GgufFile, spec: ModelSpec, place: TensorPlace) -> Tensor:
-    values = content.values(place.theirs)
-    if not np.all(np.isfinite(values)):
+def _values(content: GgufHeader, spec: ModelSpec, place: TensorPlace) -> Tensor:
+    numbers = values(content, place.theirs)
+    if not np.all(np.isfinite(numbers)):
         raise InputError(f"{content.path}: {place.theirs} holds values that aren't finite numbers")
     heads = rotated_heads(spec, content.architecture, place.ours)
-    tensor = torch.from_numpy(values)
+    tensor = torch.from_numpy(numbers)
     return tensor if heads is None else from_neighbours(tensor, heads)

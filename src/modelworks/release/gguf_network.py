@@ -15,9 +15,10 @@ from torch import Tensor
 
 from modelworks.model.attention import rotary_frequencies
 from modelworks.model.support import rope_scaling_kind
-from modelworks.release.gguf_file import GgufFile
+from modelworks.release.gguf_file import values as values_of
 from modelworks.spec.errors import InputError
 from modelworks.spec.fields import validate
+from modelworks.spec.gguf_header import GgufHeader
 from modelworks.spec.huggingface import layout_of
 from modelworks.spec.model import ModelSpec
 
@@ -69,7 +70,7 @@ def metadata_of(spec: ModelSpec) -> tuple[str, dict[str, Any]]:
     return architecture, values
 
 
-def spec_of(file: GgufFile) -> ModelSpec:
+def spec_of(file: GgufHeader) -> ModelSpec:
     """The network that a file's metadata describes.
 
     Raises
@@ -172,9 +173,9 @@ def _decimal(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _llama3_scaling(file: GgufFile, plain: ModelSpec) -> dict[str, float | str]:
+def _llama3_scaling(file: GgufHeader, plain: ModelSpec) -> dict[str, float | str]:
     """The published scaling that gives the file's factors."""
-    stored = file.values(ROPE_FACTORS)
+    stored = values_of(file, ROPE_FACTORS)
     for factor in _LLAMA3_FACTORS:
         scaling: dict[str, float | str] = {**_LLAMA3, "factor": factor}
         scaling["original_max_position_embeddings"] = _LLAMA3_ORIGINAL

@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from modelworks.release.gguf_file import read_gguf
 from modelworks.spec.errors import OperationError
+from modelworks.spec.gguf_header import read_gguf_header
 
 TIMEOUT_S = 600.0
 
@@ -66,26 +66,9 @@ def next_token_probabilities(
     return probabilities
 
 
-def greedy_continuations(
-    model: Path, prompts: Sequence[Sequence[int]], tokens: int, timeout_s: float = TIMEOUT_S
-) -> list[list[int]]:
-    """The likeliest token after each prompt that doesn't end the text, `tokens` times over, as token ids.
-
-    Raises
-    ------
-    OperationError
-        As `next_token_probabilities`.
-    """
-    bodies = [
-        {"prompt": list(prompt), "n_predict": tokens, "temperature": 0.0, "return_tokens": True, "ignore_eos": True}
-        for prompt in prompts
-    ]
-    return [answer["tokens"] for answer in _ask(model, bodies, timeout_s)]
-
-
 def _letter(model: Path) -> int:
     """The id of a piece that is one letter."""
-    tokens = read_gguf(model).metadata.get("tokenizer.ggml.tokens", [])
+    tokens = read_gguf_header(model).metadata.get("tokenizer.ggml.tokens", [])
     for index, token in enumerate(tokens):
         if len(token) == 1 and token in string.ascii_letters:
             return index
@@ -147,7 +130,6 @@ def _shortened(answer: dict[str, Any]) -> dict[str, Any]:
     listed = answer.get("completion_probabilities", [])
     top = listed[0]["top_logprobs"] if listed else []
     return {
-        "tokens": answer.get("tokens", []),
         "ids": [entry["id"] for entry in top],
         "logprobs": [max(entry["logprob"], -1e30) for entry in top],
     }

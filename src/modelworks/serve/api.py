@@ -11,7 +11,7 @@ import asyncio
 import base64
 import json
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -23,8 +23,9 @@ from starlette.types import Receive, Scope, Send
 from modelworks import __version__
 from modelworks.serve.answer import Answer
 from modelworks.serve.engine import Engine, ModelCard
-from modelworks.serve.errors import RequestError, UnknownModelError
+from modelworks.serve.errors import RequestError
 from modelworks.serve.metrics import Metrics
+from modelworks.serve.origin import OwnOriginOnly
 from modelworks.serve.requests import ChatRequest, CompletionRequest, EmbeddingRequest, parse
 from modelworks.serve.store import Store
 from modelworks.spec.errors import OperationError
@@ -35,7 +36,14 @@ _DISCARDED = 8
 """How many times the limit is read and thrown away, so that a client that is still sending gets its answer."""
 
 
-def create_app(engine: Engine, store: Store, *, body_limit: int = _BODY_LIMIT, preload: str | None = None) -> FastAPI:
+def create_app(
+    engine: Engine,
+    store: Store,
+    *,
+    body_limit: int = _BODY_LIMIT,
+    preload: str | None = None,
+    hosts: Collection[str] = (),
+) -> FastAPI:
     """The application: ``/v1/*``, ``/health`` and ``/metrics``; the rest of the paths is free for pages.
 
     Parameters
@@ -48,6 +56,8 @@ def create_app(engine: Engine, store: Store, *, body_limit: int = _BODY_LIMIT, p
         The most bytes of a request.
     preload : str, optional
         A model to load before the first request is taken.
+    hosts : collection of str
+        Names that lead to this server beside its addresses, ``localhost`` and this machine's name.
     """
 
     @asynccontextmanager
@@ -58,6 +68,7 @@ def create_app(engine: Engine, store: Store, *, body_limit: int = _BODY_LIMIT, p
         await engine.close()
 
     app = FastAPI(title="Modelworks", version=__version__, lifespan=lifespan, docs_url="/v1/docs", redoc_url=None)
+    app.add_middleware(OwnOriginOnly, names=hosts)
     app.state.engine, app.state.store = engine, store
     metrics = Metrics(engine)
     _add_generation(app, engine, metrics, body_limit)
@@ -94,8 +105,7 @@ def _add_generation(app: FastAPI, engine: Engine, metrics: Metrics, body_limit: 
 
         try:
             asked = parse(kind, await _body(request, body_limit))
-            await _known(engine, asked.model)
-            model = asked.model
+            model = (await engine.card(asked.model)).name
             answer = Answer.of(asked, engine, metrics)
         except RequestError as error:
             metrics.count(endpoint, model, error.status)
@@ -110,8 +120,7 @@ def _add_embeddings(app: FastAPI, engine: Engine, metrics: Metrics, body_limit: 
         model = "unknown"
         try:
             asked = parse(EmbeddingRequest, await _body(request, body_limit))
-            await _known(engine, asked.model)
-            model = asked.model
+            model = (await engine.card(asked.model)).name
             vectors, tokens = await engine.embed(model, asked.input)
         except RequestError as error:
             metrics.count("embeddings", model, error.status)
@@ -132,7 +141,7 @@ def _add_models(app: FastAPI, engine: Engine) -> None:
     @app.get("/v1/models/{name}")
     async def model(name: str) -> dict[str, Any]:
         """One model."""
-        return _described(await _known(engine, name))
+        return _described(await engine.card(name))
 
 
 def _add_errors(app: FastAPI) -> None:
@@ -157,13 +166,6 @@ def _add_errors(app: FastAPI) -> None:
     async def turned_away(_: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         return _error_response(RequestError(str(error.detail), status=error.status_code))
-
-
-async def _known(engine: Engine, name: str) -> ModelCard:
-    cards = {card.name: card for card in await engine.models()}
-    if name not in cards:
-        raise UnknownModelError(name, list(cards))
-    return cards[name]
 
 
 def _described(card: ModelCard) -> dict[str, Any]:

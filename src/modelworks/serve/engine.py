@@ -74,6 +74,16 @@ class Engine(ABC):
         """What is served."""
 
     @abstractmethod
+    async def card(self, model: str) -> ModelCard:
+        """One of the models.
+
+        Raises
+        ------
+        UnknownModelError
+            If it isn't served.
+        """
+
+    @abstractmethod
     def stream(self, endpoint: Endpoint, model: str, body: dict[str, Any]) -> AsyncGenerator[list[str], None]:
         """Answer an OpenAI request with OpenAI chunks, each a JSON text; the last one carries ``usage``.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import socket
+from collections.abc import Collection
 
 import uvicorn
 
@@ -33,12 +34,13 @@ def open_port(host: str, port: int) -> socket.socket:
         raise InputError(f"cannot listen on {host}:{port} ({reason}); an address of this machine is accepted") from None
 
 
-def serve(store: Store, model: str, *, host: str, port: int, slots: int, threads: int | None, context: int) -> None:
+def serve(
+    store: Store, model: str, settings: EngineSettings, *, host: str, port: int, hosts: Collection[str] = ()
+) -> None:
     """Serve a store's models until the process is told to end; `model` is loaded before the first request."""
     listener = open_port(host, port)
     with listener:
-        engine = LlamaCppEngine(store, EngineSettings(slots=slots, threads=threads, context=context))
-        app = create_app(engine, store, preload=model)
+        app = create_app(LlamaCppEngine(store, settings), store, preload=model, hosts=hosts)
         shown = f"[{host}]" if ":" in host else host
         print(f"{model} on http://{shown}:{listener.getsockname()[1]}/v1 (Ctrl-C ends it)", flush=True)
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)

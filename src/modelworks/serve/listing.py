@@ -7,10 +7,10 @@ from typing import Any
 from rich.table import Table
 
 from modelworks.serve.download import sources
-from modelworks.serve.gguf_header import read_header
 from modelworks.serve.store import Store
 from modelworks.spec import catalog
 from modelworks.spec.files import model_spec
+from modelworks.spec.gguf_header import read_gguf_header
 
 
 def listing(store: Store | None = None) -> list[dict[str, Any]]:
@@ -19,7 +19,7 @@ def listing(store: Store | None = None) -> list[dict[str, Any]]:
     rows = []
     served = store.list()
     for model in served:
-        parameters = read_header(store.path(model.name)).parameters
+        parameters = read_gguf_header(store.path(model.name), arrays=False).parameters
         rows.append(_row(model.name, "served", parameters, model.bytes, model.context, model.source))
     here = {model.name for model in served}
     for name, source in sources().items():

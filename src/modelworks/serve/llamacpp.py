@@ -27,14 +27,21 @@ import psutil
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read once, when the library is loaded
 
-import xllamacpp  # type: ignore[import-untyped]
-
 from modelworks.serve.engine import Activity, Endpoint, Engine, ModelCard
 from modelworks.serve.errors import RequestError
-from modelworks.serve.gguf_header import Header, read_header
 from modelworks.serve.store import ServedModel, Store
 from modelworks.serve.toolcalls import ToolPrompt
 from modelworks.spec.errors import OperationError
+from modelworks.spec.gguf_header import GgufHeader, read_gguf_header
+
+try:
+    import xllamacpp  # type: ignore[import-untyped]
+except ImportError as error:
+    if "libgomp" not in str(error):
+        raise
+    raise OperationError(
+        "llama.cpp needs the OpenMP library libgomp.so.1, which isn't on this machine; Debian's package is libgomp1"
+    ) from None
 
 _PREFILL_BATCH = 256
 _EMBEDDING_CONTEXT = 2048
@@ -151,7 +158,7 @@ class LlamaCppEngine(Engine):
         self._idle = asyncio.Event()
         self._flows: set[_Flow] = set()
         self._running: set[asyncio.Future[None]] = set()
-        self._headers: dict[str, Header] = {}
+        self._headers: dict[str, GgufHeader] = {}
         self._busy: Counter[str] = Counter()
         self._waiting: Counter[str] = Counter()
 
@@ -163,6 +170,10 @@ class LlamaCppEngine(Engine):
         """The store's models."""
         return [self._card(model) for model in self.store.list()]
 
+    async def card(self, model: str) -> ModelCard:
+        """One of the store's models."""
+        return self._card(self.store.get(model))
+
     def _card(self, model: ServedModel) -> ModelCard:
         header = self._header(model)
         context = min(self.settings.context, header.context)
@@ -170,9 +181,9 @@ class LlamaCppEngine(Engine):
             model.name, context, model.created, model.source, model.license, "tools" in header.chat_template
         )
 
-    def _header(self, model: ServedModel) -> Header:
+    def _header(self, model: ServedModel) -> GgufHeader:
         if model.sha256 not in self._headers:
-            self._headers[model.sha256] = read_header(self.store.path(model.name))
+            self._headers[model.sha256] = read_gguf_header(self.store.path(model.name), arrays=False)
         return self._headers[model.sha256]
 
     async def load(self, model: str) -> None:
@@ -273,7 +284,7 @@ class LlamaCppEngine(Engine):
 
     async def _load(self, key: str, model: ServedModel, embedding: bool) -> None:
         path = self.store.path(model.name)
-        header = await asyncio.to_thread(read_header, path)
+        header = await asyncio.to_thread(read_gguf_header, path, arrays=False)
         context, slots = min(self.settings.context, header.context), self.settings.slots
         if embedding:
             context, slots = min(_EMBEDDING_CONTEXT, header.context), 1

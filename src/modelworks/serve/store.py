@@ -23,8 +23,8 @@ from pathlib import Path
 from filelock import FileLock
 
 from modelworks.serve.errors import UnknownModelError
-from modelworks.serve.gguf_header import read_header
 from modelworks.spec.errors import InputError, OperationError
+from modelworks.spec.gguf_header import read_gguf_header
 from modelworks.spec.home import models_folder
 
 Progress = Callable[[int, int], None]
@@ -102,7 +102,7 @@ class Store:
             If it can't be written.
         """
         check_name(name)
-        header = read_header(gguf_path)
+        header = read_gguf_header(gguf_path, arrays=False)
         with self._writing(), self._new_folder(name) as folder:
             file = folder / f"{name}.gguf"
             link_or_copy(gguf_path, file)

@@ -17,7 +17,8 @@ from pathlib import Path
 from rich.console import Console
 
 from modelworks.serve.engine import Engine, Message
-from modelworks.spec.errors import InputError
+from modelworks.serve.errors import RequestError
+from modelworks.spec.errors import InputError, OperationError
 from modelworks.spec.home import home, write_atomically
 
 _HELP = """/help          this list
@@ -46,7 +47,7 @@ class Conversation:
             async for part in self._parts():
                 parts.append(part)
                 self._console.print(part, end="", markup=False, highlight=False, soft_wrap=True)
-        except InputError:
+        except (InputError, OperationError):
             self._said.pop()
             raise
         self._console.print()
@@ -148,8 +149,14 @@ async def _typed(conversation: Conversation, console: Console) -> None:
             elif line:
                 try:
                     await conversation.answer(line)
-                except InputError as error:
-                    console.print(str(error), style="red", markup=False, highlight=False)
+                except (InputError, OperationError) as error:
+                    console.print(_advised(error), style="red", markup=False, highlight=False)
+
+
+def _advised(error: InputError | OperationError) -> str:
+    """What went wrong; and the way out of a conversation that has grown too long."""
+    too_long = isinstance(error, RequestError) and error.code == "context_length_exceeded"
+    return f"{error}; /reset begins anew" if too_long else str(error)
 
 
 @contextlib.contextmanager

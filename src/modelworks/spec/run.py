@@ -101,7 +101,9 @@ class TrainSpec(Section):
     log_every: PositiveInt = 1
     seed: NonNegativeInt = 1337
     max_time: Duration | None = None
-    """Stop, as if the tokens were done, after so much time; the schedule then follows time."""
+    """Stop, as if the tokens were done, after so much time; the schedule then follows time. It is the clock's time from
+    the first step on, over all resumptions: validations and checkpoints on the way count, the preparation of the data,
+    compilation, the last validation and the release don't."""
 
     @property
     def tokens_per_step(self) -> int:

@@ -85,6 +85,8 @@ class CalibrationSpec(Section):
     limit the clock, and the libraries of a training run are not those of the measurement."""
     sustained_default: dict[str, Annotated[float, Field(gt=0, le=1.5)]]
     """The same for devices without enough measured runs, by precision: what H100 keeps up."""
+    low_precision_gain: Annotated[float, Field(ge=1, le=2)]
+    """The most that products gain from halving their numbers' width: what H100's fitted rates give for large ones."""
     attention_backward: PositiveFloat
     """Time of attention's backward kernel over its forward kernel's (2.5 by its operations)."""
     memory_efficiency: Annotated[float, Field(gt=0, le=1)]

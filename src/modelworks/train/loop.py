@@ -158,8 +158,11 @@ class Trainer:
         self._compile()
         self.interrupt.graceful = True
         self.session.report(state="running", message=None, steps=self.train_spec.steps)
-        while not self._done() and self._stop() is None:
+        done = self._done()
+        while not done and self._stop() is None:
             row = self._timed_step()
+            # Looked at behind a step alone: if a validation or a checkpoint uses up the time, one more step is made, so
+            # that a run always ends with its final rate and with a validation of what it ends with.
             done = self._done()
             if done or (self.train_spec.validate_every and self.step % self.train_spec.validate_every == 0):
                 row["validation_bpb"] = self._validate()
@@ -169,7 +172,7 @@ class Trainer:
         if self.last_checkpoint != checkpoint.folder_of(self.folder, self.step):
             self._save()
         self.interrupt.graceful = False
-        return self._end()
+        return self._end(done)
 
     def one_step(self) -> dict[str, Any]:
         """Make one optimizer step and say what came of it.
@@ -368,8 +371,8 @@ class Trainer:
             probe = self.data.sequences("train", 0, self.micro_batch, self.train_spec.seq_len, self.train_spec.seed)
             try_compile(self.decoder, lambda: self._weighted(self._losses(torch.from_numpy(probe))))
 
-    def _end(self) -> TrainResult:
-        received = None if self._done() else self._stop()
+    def _end(self, done: bool) -> TrainResult:
+        received = None if done else self._stop()
         state = "finished" if received is None else "stopped"
         assert self.last_checkpoint is not None
         self.session.report(
@@ -379,7 +382,7 @@ class Trainer:
             loss=self.loss,
             validation_bpb=self.validation_bpb,
             eta_s=None,
-            message=None if received is None else "saved; go on with --resume",
+            message=None if received is None else "saved; it can be resumed",
         )
         self.view.show(self.session.status)
         return TrainResult(

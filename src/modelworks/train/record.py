@@ -104,7 +104,7 @@ class RunRecord:
             # The process may have written its last word between our reading and our looking for it.
             status = read_status(self.folder) or status
         if status.active and _process(status) is None:
-            message = "the process is gone; go on with --resume"
+            message = "the process is gone; the run can be resumed"
             return Status(**{**status.as_dict(), "state": "crashed", "message": message, "eta_s": None})
         return status
 

@@ -10,7 +10,7 @@ import itertools
 import time
 from collections.abc import Iterable, Mapping
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -29,7 +29,7 @@ _LINE_EVERY_S = 10.0
 class View(Protocol):
     """What shows a run while it goes on."""
 
-    def __enter__(self) -> View: ...
+    def __enter__(self) -> Self: ...
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -47,7 +47,7 @@ class LiveView:
         self._losses: list[float] = []
         self._live = Live(console=console, refresh_per_second=4, transient=False)
 
-    def __enter__(self) -> LiveView:
+    def __enter__(self) -> Self:
         self._live.start()
         return self
 
@@ -66,7 +66,22 @@ class LiveView:
         self._losses = []
 
 
-class PlainView:
+class NoView:
+    """Shows nothing: for programs."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+    def show(self, status: Status, rows: Iterable[Mapping[str, Any]] = ()) -> None:
+        """Show where the run stands; nothing here."""
+
+
+class PlainView(NoView):
     """A line every few seconds, at each validation and when the state changes."""
 
     def __init__(self, name: str, console: Console) -> None:
@@ -75,14 +90,6 @@ class PlainView:
 
     def restart(self) -> None:
         """Lines that are printed stay."""
-
-    def __enter__(self) -> PlainView:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        pass
 
     def show(self, status: Status, rows: Iterable[Mapping[str, Any]] = ()) -> None:
         """Print a line if there is news or some seconds have passed."""
@@ -94,21 +101,6 @@ class PlainView:
         self._shown, self._state = now, state
         facts = "  ".join(f"{name} {value}" for name, value in _facts(status))
         self._console.print(f"{self._name}: {status.state}  {facts}", highlight=False, soft_wrap=True, markup=False)
-
-
-class NoView:
-    """Shows nothing: for programs."""
-
-    def __enter__(self) -> NoView:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        pass
-
-    def show(self, status: Status, rows: Iterable[Mapping[str, Any]] = ()) -> None:
-        """Nothing."""
 
 
 def view_for(name: str, console: Console) -> LiveView | PlainView:

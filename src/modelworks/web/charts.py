@@ -21,6 +21,12 @@ def options(series: Sequence[str], percent: bool = False) -> dict[str, Any]:
     return {
         "animation": False,
         "color": COLOURS,
+        "title": {
+            "text": "Nothing measured yet",
+            "left": "center",
+            "top": "middle",
+            "textStyle": {"color": _INK, "fontSize": 13, "fontWeight": "normal"},
+        },
         "grid": {"left": 8, "right": 12, "top": 34 if len(series) > 1 else 14, "bottom": 6, "containLabel": True},
         "legend": {
             "show": len(series) > 1,

@@ -63,6 +63,7 @@ class ChatPage:
         self._answer: Answer | None = None
         self._live: ModelTurn | None = None
         self._thread: list[Message] = []
+        self._pulls: list[tuple[str, int, int, str | None]] = []
         self._wanted = model or (conversation.model if conversation else self._last_model())
         with side.bar:
             self._picker = ui.select([], on_change=self._choose).props(
@@ -71,7 +72,7 @@ class ChatPage:
             self._picker.classes("picker")
         with ui.element("div").classes("chat"):
             self._banner = ui.element("div")
-            scroll = ui.element("div").classes("scroll")
+            scroll = ui.element("div").classes("thread")
             with scroll:
                 self._turns = ui.element("div").classes("column-text").props("aria-live=polite")
             ui.html('<button type="button" class="to-end" aria-label="To the end">↓</button>', sanitize=False)
@@ -250,6 +251,10 @@ class ChatPage:
             self._watch_timer.active = True
 
     def _draw_banner(self) -> None:
+        pulls = [(pull.name, pull.done, pull.total, pull.error) for pull in self._services.pulls.values()]
+        if pulls == self._pulls:
+            return
+        self._pulls = pulls
         self._banner.clear()
         with self._banner:
             for pull in self._services.pulls.values():

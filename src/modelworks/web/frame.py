@@ -37,7 +37,7 @@ def frame(
     conversation_id
         The conversation that is shown, if one is.
     """
-    ui.page_title(f"{title} · Modelworks")
+    set_title(title)
     ui.colors(primary="#0f766e", negative="#b3261e", warning="#b7791f")
     ui.add_head_html(f'<link rel="stylesheet" href="/_modelworks/{__version__}/style.css">')
     ui.add_head_html(f'<script src="/_modelworks/{__version__}/modelworks.js"></script>')
@@ -52,6 +52,11 @@ def frame(
         theme_button.on("click", js_handler="() => modelworks.theme()")
     bar.props(remove="elevated")
     yield side
+
+
+def set_title(title: str) -> None:
+    """What the browser shows as the page's title."""
+    ui.page_title(f"{title} · Modelworks")
 
 
 class Side:
@@ -78,6 +83,8 @@ class Side:
         with self._talks:
             for conversation in conversations:
                 self._talk(conversation)
+                if conversation.id == self.conversation_id:
+                    set_title(conversation.title)
             if not conversations:
                 ui.label("They are kept here.").classes("muted").style("padding:0 10px")
 
@@ -129,7 +136,8 @@ async def ask(question: str, verb: str, note: str = "", text: str | None = None)
         answer: str | bool | None = await dialog
         return answer
     finally:
-        dialog.delete()
+        if not dialog.is_deleted:  # as it is when the page was closed with the question open
+            dialog.delete()
 
 
 def icon_button(icon: str, name: str, action: Callable[[], object]) -> ui.button:

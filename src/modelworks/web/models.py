@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import html
-import tomllib
-from importlib.resources import files
 
 from fastapi import Request
 from nicegui import ui
 
+from modelworks.serve.download import Source, sources
 from modelworks.serve.store import ServedModel
 from modelworks.spec import catalog, model_spec
 from modelworks.spec.errors import InputError, OperationError
@@ -33,11 +32,6 @@ def register(services: Services) -> None:
                 _catalog()
 
 
-def fetchable() -> dict[str, dict[str, object]]:
-    """The models that can be fetched by name: title, licence and size in bytes."""
-    return tomllib.loads((files("modelworks.serve") / "sources.toml").read_text(encoding="utf-8"))
-
-
 class ModelList:
     """The models on this machine and on their way here."""
 
@@ -59,9 +53,10 @@ class ModelList:
             ui.html("<h2>On this machine</h2>")
             for model in models:
                 self._served(model)
-            absent = [name for name in fetchable() if name not in {model.name for model in models}]
-            for name in absent:
-                self._absent(name)
+            here = {model.name for model in models}
+            absent = [source for name, source in sources().items() if name not in here]
+            for source in absent:
+                self._absent(source)
             if not models and not absent:
                 ui.label("None yet. A finished run is released to here.").classes("lead")
 
@@ -77,19 +72,18 @@ class ModelList:
             button.props("flat no-caps dense padding='4px 12px'").classes("quiet")
             icon_button("delete_outline", f"Remove {model.name}", lambda: self._remove(model))
 
-    def _absent(self, name: str) -> None:
-        facts = fetchable()[name]
-        pull = self._services.pulls.get(name)
+    def _absent(self, source: Source) -> None:
+        pull = self._services.pulls.get(source.name)
         with ui.element("div").classes("panel row-line"):
             with ui.element("div").style("flex:1 1 260px;min-width:0"):
-                ui.label(name).style("font-weight:600")
-                ui.label(f"{facts['title']} · {size(float(str(facts['bytes'])))} · {facts['license']}").classes("muted")
+                ui.label(source.name).style("font-weight:600")
+                ui.label(f"{source.title} · {size(source.bytes)} · {source.license}").classes("muted")
                 if pull is not None and pull.error:
                     ui.label(pull.error).classes("notice bad")
                 elif pull is not None:
                     ui.linear_progress(pull.fraction, show_value=False, size="6px").props("instant-feedback rounded")
             if pull is None or pull.error:
-                button = ui.button("Fetch", icon="download", on_click=lambda: self._services.pull(name))
+                button = ui.button("Fetch", icon="download", on_click=lambda: self._services.pull(source.name))
                 button.props("flat no-caps dense padding='4px 12px'").classes("quiet")
             else:
                 ui.label(f"{pull.fraction:.0%}").classes("muted")

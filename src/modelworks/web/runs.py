@@ -114,7 +114,8 @@ class RunPage:
                 self._bpb = _chart("Validation bits per byte", ["bits per byte"])
                 self._speed = _chart("Tokens per second", ["tokens/s"])
                 self._mfu = _chart("MFU: share of this machine's measured matmul rate", ["MFU"], percent=True)
-                self._rate = _chart("Learning rate and gradient norm", ["gradient norm"])
+                self._norm = _chart("Gradient norm", ["gradient norm"])
+                self._rate = _chart("Learning rate", ["learning rate"])
                 self._experts: ui.echart | None = None
                 self._expert_place = ui.element("div")
             self._log_place = ui.element("div")
@@ -159,7 +160,8 @@ class RunPage:
                 ui.label(status.message).classes(f"notice{bad}")
         self._stop.set_visibility(status.active)
         self._resume.set_visibility(status.state in RESUMABLE)
-        self._talk.set_visibility(bool(status.served_as))
+        served = {model.name for model in self._services.store.list()}
+        self._talk.set_visibility(status.served_as in served)
         self._log_place.clear()
         log = self._record.log() if status.state in {"failed", "crashed"} else ""
         if log:
@@ -172,7 +174,8 @@ class RunPage:
         _fill(self._bpb, charts.points(rows, "validation_bpb"), symbols=True)
         _fill(self._speed, charts.points(rows, "tokens_per_s"))
         _fill(self._mfu, charts.points(rows, "mfu", 100.0))
-        _fill(self._rate, charts.points(rows, "grad_norm"))
+        _fill(self._norm, charts.points(rows, "grad_norm"))
+        _fill(self._rate, charts.points(rows, "learning_rate"))
         layers = max((len(row.get("expert_load") or []) for row in rows[-1:]), default=0)
         if layers and self._experts is None:
             with self._expert_place:
@@ -218,6 +221,7 @@ def _fill(chart: ui.echart, *data: list[list[float]], symbols: bool = False) -> 
     for line, values in zip(chart.options["series"], data, strict=True):
         line["data"] = values
         line["showSymbol"] = symbols or len(values) < 3
+    chart.options["title"]["show"] = not any(data)
     chart.update()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,8 +35,10 @@ class Server:
     services: Services
 
 
-def build(settings: EngineSettings | None = None, database: Path | None = None) -> Server:
+def build(settings: EngineSettings | None = None, database: Path | None = None, hosts: Collection[str] = ()) -> Server:
     """Build the server over this machine's models and conversations. Once per process: NiceGUI is one per process.
+
+    `hosts` are names that browsers may call it by, beside those of `modelworks.serve.origin`.
 
     Raises
     ------
@@ -47,7 +49,7 @@ def build(settings: EngineSettings | None = None, database: Path | None = None) 
     engine = LlamaCppEngine(store, settings or EngineSettings())
     assistant = Assistant(ConversationStore(database or home() / "modelworks.db"), engine, SAMPLING)
     services = Services(store, engine, assistant)
-    app = create_app(engine, store)
+    app = create_app(engine, store, hosts=hosts)
     _close_first(app, assistant)
     _add_static(app)
     _add_pages(app, services)

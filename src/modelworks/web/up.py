@@ -11,7 +11,7 @@ import json
 import os
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from importlib.resources import files
 from types import FrameType
@@ -33,11 +33,12 @@ from modelworks.web.chat import FIRST_MODEL
 from modelworks.web.server import Server, build, listen, url_of
 from modelworks.web.services import Services
 
+FIRST_RUN_LOOK_S = 2.0
 STOP_S = 120.0
 """How long a run may take to save and stop."""
 
 
-def up(host: str, port: int, first_run: bool, console: Console) -> None:
+def up(host: str, port: int, first_run: bool, console: Console, hosts: Collection[str] = ()) -> None:
     """Start everything and stay until Ctrl-C or SIGTERM.
 
     Parameters
@@ -48,6 +49,8 @@ def up(host: str, port: int, first_run: bool, console: Console) -> None:
         Whether to train the first run in the background.
     console
         Told where the server is and what it does.
+    hosts
+        Names that browsers may call it by, beside those of `modelworks.serve.origin`.
 
     Raises
     ------
@@ -59,7 +62,7 @@ def up(host: str, port: int, first_run: bool, console: Console) -> None:
     with hold_home() as announce:
         listener = listen(host, port)
         announce(url_of(listener))
-        server = build(_settings(first_run))
+        server = build(_settings(first_run), hosts=hosts)
         previous = signal.signal(signal.SIGTERM, _as_interrupt)
         try:
             asyncio.run(_serve(server, listener, first_run, console))
@@ -130,6 +133,8 @@ def begin_first_run(services: Services) -> str:
         return f"The run {spec.name} trains in the background"
     status = record.status()
     if status.active:
+        # By a server that was killed: this one takes it over, so that it ends with Ctrl-C as it would have there.
+        services.begun_runs.add(spec.name)
         return f"The run {spec.name} is being trained by process {status.pid}"
     if status.state == "finished" and status.released:
         return f"The run {spec.name} is finished"
@@ -189,8 +194,15 @@ async def _first_run(services: Services, console: Console) -> None:
         done = await asyncio.to_thread(begin_first_run, services)
     except (InputError, OperationError) as error:
         console.print(f"[yellow]the first run can't begin:[/yellow] {error}", soft_wrap=True)
-    else:
-        console.print(f"{done}; watch it on the page Runs", highlight=False)
+        return
+    console.print(f"{done}; watch it on the page Runs", highlight=False)
+    record = RunRecord(first_run_spec().name)
+    while (status := await asyncio.to_thread(record.status)).active:
+        await asyncio.sleep(FIRST_RUN_LOOK_S)
+    if status.served_as:
+        console.print(f"The run {record.name} is finished; pick {status.served_as} in the chat", highlight=False)
+    elif status.message:
+        console.print(f"The run {record.name} {status.state}: {status.message}", highlight=False, soft_wrap=True)
 
 
 def _stop_runs(services: Services, console: Console) -> None:
