@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 
@@ -44,6 +45,7 @@ class Setting:
     fabric: Fabric
     software: SoftwareSpec
     calibration: CalibrationSpec
+    optimizer: Literal["adamw", "muon"] = "adamw"
 
     def sustained(self, precision: str) -> float:
         """The share of a short measurement's rate that matrix products keep up."""

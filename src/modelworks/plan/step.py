@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from modelworks.plan import muon
 from modelworks.plan.block import COMPONENTS, SHAPE, BlockTimes, LayerTimes, Setting, block_times
 from modelworks.plan.layout import PRECISIONS, BoolArray, FloatArray, IntArray, Layouts, distinct, fits_model, runs
 from modelworks.plan.memory import (
@@ -24,7 +25,7 @@ from modelworks.plan.memory import (
     stage_parameters,
     state_bytes,
 )
-from modelworks.plan.pipeline import bubble, deal_layers
+from modelworks.plan.pipeline import Stages, bubble, deal_layers
 from modelworks.spec.flops import training_flop_per_token
 
 REASONS = (*COMPONENTS, "recompute", "bubble", "pipeline", "data", "optimizer", "host", "jitter")
@@ -234,6 +235,8 @@ class _States:
         self.layers = np.maximum(parameters[1].layers, 1.0)
         self.reduced, self.gathered, self.tied = _exchanges(setting, c, parameters)
         self.optimizer = _optimizer(setting, c, parameters)
+        if setting.optimizer == "muon":
+            self.optimizer = self.optimizer + _muon(setting, c, stages)
         self.bytes = state_bytes(setting, c, parameters)
 
 
@@ -342,3 +345,16 @@ def _optimizer(setting: Setting, c: Layouts, parameters: tuple[StageParameters, 
         update = local * (4 * software.gradient_bytes + 24.0 + software.parameter_bytes)
         largest = np.maximum(largest, update + everywhere * software.gradient_bytes)
     return setting.kernels.memory_bound(largest / setting.calibration.memory_efficiency)
+
+
+def _muon(setting: Setting, c: Layouts, stages: Stages) -> FloatArray:
+    """What Muon adds on the stage with most layers; in each candidate's own precision, fp8 runs in bf16."""
+    out = np.zeros(len(c))
+    for code in np.unique(c.precision):
+        name = PRECISIONS[code]
+        dense_s, experts_s = muon.layer_seconds(setting, "bf16" if name in ("fp8", "fp4") else name)
+        for kind, layers in (("first", stages.first), ("middle", stages.middle), ("last", stages.last)):
+            dense = dense_layers_of(setting.model, c, kind, layers)
+            seconds = dense * dense_s + (layers - dense) * experts_s
+            out = np.where(c.precision == code, np.maximum(out, seconds), out)
+    return out
