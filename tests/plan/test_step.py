@@ -154,7 +154,9 @@ def test_muons_products_are_five_times_three_for_each_matrix(setting: MakeSettin
     base = replace(setting("llama-3.1-405b"), optimizer="muon")
     dense, _ = layer_seconds(base, "bf16")
     model = base.model
-    matrices = [(model.hidden, model.heads * model.head_dim)] * 2 + [(model.hidden, model.kv_heads * model.head_dim)] * 2
+    matrices = [(model.hidden, model.heads * model.head_dim)] * 2 + [
+        (model.hidden, model.kv_heads * model.head_dim)
+    ] * 2
     matrices += [(model.hidden, model.ffn_hidden)] * 3
     flop = sum(5 * (4 * min(m) ** 2 * max(m) + 2 * min(m) ** 3) for m in matrices)
     reached = flop / dense / base.device.peak_flops["bf16"]
