@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 from modelworks.spec.errors import InputError
 from modelworks.spec.fields import Section, nearest, validate
 
-Kind = Literal["models", "hardware", "clusters", "failures", "prices"]
+Kind = Literal["models", "hardware", "clusters", "failures", "prices", "parts", "top500", "observations"]
 Certainty = Literal["published", "estimated", "assumed"]
 _FOLDER = Path(__file__).parent
 
