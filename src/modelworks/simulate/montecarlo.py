@@ -91,7 +91,7 @@ def follow(scenario: Scenario, stream: FailureStream, progress: Callable[[float]
 
 
 class _Replicas:
-    """Where all replicas stand. Arrays over replicas; those of nodes under repair over (slots, replicas)."""
+    """Where all replicas stand. Arrays over replicas; those of nodes under repair over (replicas, slots)."""
 
     def __init__(self, scenario: Scenario, stream: FailureStream) -> None:
         self.s, self.stream, self.table = scenario, stream, scenario.cause_table
@@ -118,21 +118,22 @@ class _Replicas:
         # The down time that is going on, by reason, and whose fault it is (-1: nobody's).
         self.down = {reason: np.zeros(r) for reason in (DETECTION, WAITING, RESTART)}
         self.culprit = np.full(r, -1)
-        self.technician = np.zeros((scenario.technicians, r))
+        self.technician = np.zeros((r, scenario.technicians))
         """When each technician is free."""
-        self.back = np.zeros((_SLOTS, r))
+        self.back = np.zeros((r, _SLOTS))
         """When the nodes of a slot are in service again."""
-        self.gone = np.zeros((_SLOTS, r), np.int64)
+        self.gone = np.zeros((r, _SLOTS), np.int64)
         """How many nodes a slot holds."""
-        self.relapse = np.full((_SLOTS, r), np.inf)
-        self.relapse_cause = np.zeros((_SLOTS, r), np.int64)
+        self.relapse = np.full((r, _SLOTS), np.inf)
+        self.first_failure = np.zeros((r, _SLOTS), np.int64)
+        """The failure in the stream by which a slot's nodes went."""
         causes = len(scenario.causes)
         self.interruptions = np.zeros((r, causes), np.int64)
         self.drains = np.zeros((r, causes), np.int64)
         self.planned = np.zeros(r, np.int64)
         self.reasons = np.zeros((len(REASONS), r))
         self.causes = np.zeros((r, causes))
-        self.histogram = np.zeros(64, np.int64)
+        self.histogram = np.zeros(scenario.nodes + scenario.hot + scenario.pool + 1, np.int64)
 
     # --- one pass -----------------------------------------------------------------------------------------------------
 
@@ -148,17 +149,18 @@ class _Replicas:
         at = np.maximum(times[kind, self.every], self.now)
         self._book_down(at)
         done = self._run_until(at)
+        self.idle = np.zeros(self.r, bool)
         if s.causes:
             self._fail(kind, at, done, place)
         self._plan(kind, at, done)
         self._resize(kind, at, done)
+        self._book_run(done)
         end = self.live & (kind == END)
         if end.any():
             self.live &= ~end
             self.work[end] = done["work"][end]
-        self.now = np.where(self.live, at, self.now)
-        if not self.live.all():
             self.now[end] = s.horizon_s
+        self.now = np.where(self.live, np.where(self.idle, np.minimum(at, self.up), at), self.now)
 
     def _book_down(self, at: Floats) -> None:
         """Book the down time between the last event and now, in the order in which its reasons follow each other."""
@@ -190,16 +192,22 @@ class _Replicas:
                 self.work[finishing] = s.target_s
                 self.live &= ~finishing
                 self.finished |= finishing
-        full = 1.0 - s.check_share
-        self.reasons[CHECKPOINTS] += running - worked
-        self.reasons[CHECKS] += worked * s.check_share
-        self.reasons[FEWER] += worked * (full - speed)
         return {
+            "running": running,
+            "worked": worked,
             "work": self.work + worked * speed,
             "held": self.work + held * speed,
             "durable": np.where(durable > 0, self.work + durable * speed, self.durable),
             "speed": speed,
         }
+
+    def _book_run(self, done: dict[str, Floats]) -> None:
+        """Book the running time of all jobs that were stopped; the others go on as if nothing had been."""
+        s = self.s
+        running, worked = np.where(self.idle, 0.0, done["running"]), np.where(self.idle, 0.0, done["worked"])
+        self.reasons[CHECKPOINTS] += running - worked
+        self.reasons[CHECKS] += worked * s.check_share
+        self.reasons[FEWER] += worked * (1.0 - s.check_share - done["speed"])
 
     # --- failures -----------------------------------------------------------------------------------------------------
 
@@ -211,15 +219,20 @@ class _Replicas:
         struck = fresh | again
         if not struck.any():
             return
-        cause = flat["cause"][place].astype(np.int64)
         if again.any():
-            slot = self.relapse.argmin(axis=0)
-            cause = np.where(again, self.relapse_cause[slot, self.every], cause)
-            self.relapse[slot[again], self.every[again]] = np.inf
-            self.relapse_at = self.relapse.min(axis=0)
+            rows = self.every[again]
+            slot = self.relapse[rows].argmin(axis=1)
+            place[rows] = self.first_failure[rows, slot]
+            self.relapse[rows, slot] = np.inf
+            self.relapse_at[rows] = self.relapse[rows].min(axis=1)
+        cause = flat["cause"][place].astype(np.int64)
         if s.elastic:
             # A failure of a node that a shrunk job doesn't use is nobody's concern.
-            struck &= again | (flat["lot"][place] * s.capacity.at(at) < self.size)
+            unused = fresh & (flat["lot"][place] * s.capacity.at(at) >= self.size)
+            self.idle |= unused
+            struck &= ~unused
+            if not struck.any():
+                return
         took = np.where(fresh, flat["repair_s"][place] > 0, again) & (table["nodes"][cause] > 0)
         silent, slow = table["silent"][cause], table["straggler"][cause]
         foreseen = flat["foreseen"][place] & ~again & ~silent
@@ -280,13 +293,12 @@ class _Replicas:
         """Send failed nodes to repair and fill their places: the job's new size, and how long that takes."""
         s = self.s
         lost = struck & took
-        away = self.back > at
-        out = np.where(away, self.gone, 0).sum(axis=0)
+        away = self.back > at[:, None]
+        out = np.einsum("rk,rk->r", away, self.gone)
         rows = np.flatnonzero(lost)
         if rows.size:
             out[rows] += self._send_to_repair(rows, away, at, cause, place, again)
-            counted = np.bincount(out[rows], minlength=len(self.histogram))
-            self.histogram = np.pad(self.histogram, (0, len(counted) - len(self.histogram))) + counted
+            np.add.at(self.histogram, out[rows], 1)
         wait = np.where(took, np.where(out > s.hot, s.replace_s, s.swap_s), 0.0)
         needed = s.capacity.at(at) if self.growing else self.size
         available = needed + (s.hot + s.pool) - out
@@ -307,19 +319,20 @@ class _Replicas:
         """Book a technician and a slot for the nodes that each of `rows` lost; how many those are."""
         s, causes, begin, place = self.s, cause[rows], at[rows], place[rows]
         repair = np.where(again[rows], self.table["repair_s"][causes], self.flat["repair_s"][place])
-        free = self.technician.argmin(axis=0)[rows]
-        done = np.maximum(self.technician[free, rows], begin) + repair
-        self.technician[free, rows] = done
+        free = self.technician.argmin(axis=1)[rows]
+        done = np.maximum(self.technician[rows, free], begin) + repair
+        self.technician[rows, free] = done
         nodes = self.table["nodes"][causes]
         back = done + np.where(nodes == 1, s.burn_in_s, 0.0)
         relapse = np.where(again[rows], np.inf, back + self.flat["relapse_s"][place])
         taken = away | (self.relapse < np.inf)
-        slot = taken.argmin(axis=0)[rows]
-        if taken[slot, rows].any():
-            slot[taken[slot, rows]] = len(self.back)
+        slot = taken.argmin(axis=1)[rows]
+        full = taken[rows, slot]
+        if full.any():
+            slot[full] = self.back.shape[1]
             self._add_slots()
-        self.back[slot, rows], self.gone[slot, rows] = back, nodes
-        self.relapse[slot, rows], self.relapse_cause[slot, rows] = relapse, causes
+        self.back[rows, slot], self.gone[rows, slot] = back, nodes
+        self.relapse[rows, slot], self.first_failure[rows, slot] = relapse, place
         self.relapse_at[rows] = np.minimum(self.relapse_at[rows], relapse)
         return nodes
 
@@ -339,7 +352,7 @@ class _Replicas:
         """When so many more nodes of a replica are in service."""
         if missing <= 0:
             return at
-        back, gone = self.back[:, row], self.gone[:, row]
+        back, gone = self.back[row], self.gone[row]
         order = np.argsort(back, kind="stable")
         order = order[back[order] > at]
         returned = np.cumsum(gone[order])
@@ -347,11 +360,10 @@ class _Replicas:
         return float(back[order[first]]) if first < len(order) else float("inf")
 
     def _add_slots(self) -> None:
-        more = len(self.back)
-        self.back = np.concatenate([self.back, np.zeros((more, self.r))])
-        self.gone = np.concatenate([self.gone, np.zeros((more, self.r), np.int64)])
-        self.relapse = np.concatenate([self.relapse, np.full((more, self.r), np.inf)])
-        self.relapse_cause = np.concatenate([self.relapse_cause, np.zeros((more, self.r), np.int64)])
+        more = ((0, 0), (0, self.back.shape[1]))
+        self.back, self.gone = np.pad(self.back, more), np.pad(self.gone, more)
+        self.relapse = np.pad(self.relapse, more, constant_values=np.inf)
+        self.first_failure = np.pad(self.first_failure, more)
 
     # --- what is planned ----------------------------------------------------------------------------------------------
 
@@ -374,17 +386,13 @@ class _Replicas:
         self.grow_at = np.where(due, times[np.searchsorted(times, at, side="right")], self.grow_at)
         size = needed
         if s.elastic:
-            available = needed + s.hot + s.pool - np.where(self.back > at, self.gone, 0).sum(axis=0)
+            available = needed + s.hot + s.pool - np.einsum("rk,rk->r", self.back > at[:, None], self.gone)
             size = self._fillable(available, needed)
             self._regrow(due, at, size, needed, available)
         changed = due & (size != self.size)
         self._pause(changed, at, done, s.resize_s if s.elastic else s.restart_s + s.checkpoints.read_s)
         self.size = np.where(due, size, self.size)
-        # A job that needn't stop goes on from where it is: its work so far is not yet in `work`.
-        going_on = due & ~changed
-        self.work = np.where(going_on, done["work"], self.work)
-        self.durable = np.where(going_on, done["durable"], self.durable)
-        self.up = np.where(going_on, at, self.up)
+        self.idle |= due & ~changed
 
     def _pause(self, paused: Bools, at: Floats, done: dict[str, Floats], seconds: float) -> None:
         """Save the state, stop for so long, and go on; nothing is lost."""
