@@ -102,7 +102,7 @@ class Candidate:
 
     def _full_seconds(self, dates: Sequence[datetime.date]) -> Floats:
         seconds = np.array([(date - self.start).days * DAY_S for date in dates])
-        return self.capacity.node_seconds(np.maximum(seconds, 0.0)) / self.capacity.nodes[-1]
+        return np.asarray(self.capacity.node_seconds(np.maximum(seconds, 0.0)) / self.capacity.nodes[-1])
 
     def finish(self, tokens: float) -> datetime.datetime:
         """When a token budget is done."""

@@ -3,9 +3,9 @@
 Three ideas. A count of interruptions on an observed cluster, over that cluster's components and hours, is a rate of one
 component; times the components of another cluster it is a rate of that one. A Weibull component of which there are
 many, each repaired as it fails, gives a Poisson process whose rate follows the component's age (Crow 1974: the
-power-law process); so all causes together are one Poisson process with a rate that depends on time, and times are drawn
-by inverting its integral. Everything random that follows from a failure (how soon it is seen, how long the repair takes,
-whether the node is a lemon) is drawn with it, so that both engines meet the same failures.
+power-law process); so all causes together are one Poisson process with a rate that depends on time, and times are
+drawn by inverting its integral. Everything random that follows from a failure (how soon it is seen, how long the repair
+takes, whether the node is a lemon) is drawn with it, so that both engines meet the same failures.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ class FailureStream:
     @property
     def replicas(self) -> int:
         """How many replicas there are."""
-        return self.time_s.shape[1]
+        return int(self.time_s.shape[1])
 
     def only(self, replica: int) -> FailureStream:
         """One replica's failures."""
@@ -189,7 +189,9 @@ def draw(scenario: Scenario, replicas: int, seed: np.random.SeedSequence) -> Fai
     # What is left of the same number, once it is known that the node is repaired, is uniform again.
     again = unit / np.maximum(table["repair_fraction"][cause], np.float32(1e-9))
     lemon = (repair_s > 0) & (again < scenario.lemon_fraction) & (table["nodes"][cause] == 1)
-    relapse_s = np.where(lemon, np.float32(scenario.lemon_after_s) * rng.standard_exponential(shape, np.float32), np.inf)
+    relapse_s = np.where(
+        lemon, np.float32(scenario.lemon_after_s) * rng.standard_exponential(shape, np.float32), np.inf
+    )
     outage_s = table["outage_s"][cause] * rng.standard_exponential(shape, np.float32)
     waits = rng.random(shape, np.float32) < scenario.manual_fraction
     outage_s[waits] += np.float32(scenario.manual_s) * rng.standard_exponential(int(waits.sum()), np.float32)

@@ -44,9 +44,7 @@ _SLOTS = 8
 """Places for nodes under repair to begin with; more are added as they are needed."""
 
 
-def simulate(
-    scenario: Scenario, samples: int, seed: int, progress: Callable[[float], None] | None = None
-) -> Outcome:
+def simulate(scenario: Scenario, samples: int, seed: int, progress: Callable[[float], None] | None = None) -> Outcome:
     """Simulate `samples` replicas of a scenario; the same seed gives the same outcome.
 
     Parameters
@@ -334,7 +332,7 @@ class _Replicas:
         self.back[rows, slot], self.gone[rows, slot] = back, nodes
         self.relapse[rows, slot], self.first_failure[rows, slot] = relapse, place
         self.relapse_at[rows] = np.minimum(self.relapse_at[rows], relapse)
-        return nodes
+        return np.asarray(nodes)
 
     def _fillable(self, available: Any, needed: Any) -> Any:
         """Nodes that an elastic job can use: whole replicas of the model, or all."""
@@ -348,7 +346,7 @@ class _Replicas:
             grown = min(int(needed[row]), int(size[row] // self.s.group_nodes + 1) * self.s.group_nodes)
             self.resize_at[row] = self._until_back(row, at[row], grown - int(available[row]))
 
-    def _until_back(self, row: int, at: float, missing: int) -> float:
+    def _until_back(self, row: Any, at: float, missing: int) -> float:
         """When so many more nodes of a replica are in service."""
         if missing <= 0:
             return at

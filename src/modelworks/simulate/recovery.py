@@ -1,4 +1,4 @@
-"""What happens after a failure, as numbers: when checkpoints can be relied on, how long a restart takes, who is missing.
+"""What happens after a failure, as numbers: when checkpoints can be relied on, how long a restart takes.
 
 Checkpoints have two levels, of which either may be absent: fast ones (in the memory of peers) after every `every_s` of
 work, and durable ones (in storage) with every `ratio`th of them. A checkpoint stops the job for its stall; a durable
@@ -92,9 +92,7 @@ def checkpoints(
             f"checkpoints of {checkpoint_bytes:.3g} bytes need {needed:.3g}"
         )
     bandwidth = (
-        state.storage_bandwidth_bytes
-        or cluster.storage_bandwidth_bytes
-        or gpus * parts.storage.bandwidth_per_gpu_bytes
+        state.storage_bandwidth_bytes or cluster.storage_bandwidth_bytes or gpus * parts.storage.bandwidth_per_gpu_bytes
     )
     write_s = state.write if state.write is not None else checkpoint_bytes / bandwidth
     read_s = state.read if state.read is not None else checkpoint_bytes / bandwidth

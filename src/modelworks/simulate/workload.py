@@ -1,4 +1,4 @@
-"""What the simulation needs to know of the run: how long a step takes, how many tokens it learns, how large its state is.
+"""What the simulation needs to know of the run: how long a step takes, how large its state is.
 
 The one place where the step's time comes in. It is the scenario's own (`simulate.step_time`) where that is given, and
 otherwise follows from the model's FLOPs at a stated MFU. The slowest of all ranks sets the pace of a synchronous step.
@@ -59,10 +59,7 @@ def workload(run: RunSpec) -> Workload:
     flop_per_token = training_flop_per_token(run.model, train.seq_len)
     tokens_per_step = simulate.tokens_per_step or train.tokens_per_step
     slowest = slowest_rank(gpus, simulate.rank_spread)
-    if simulate.step_time:
-        step_time_s = simulate.step_time
-    else:
-        step_time_s = tokens_per_step * flop_per_token / (peak * simulate.mfu) * slowest
+    step_time_s = simulate.step_time or tokens_per_step * flop_per_token / (peak * simulate.mfu) * slowest
     return Workload(
         step_time_s=step_time_s,
         tokens_per_step=tokens_per_step,

@@ -154,6 +154,14 @@ def _from_folder(path: str, folder: Path | None) -> str:
     return str((folder or Path()).absolute() / Path(path).expanduser())
 
 
+def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Plain values of a run spec with ``"a.b=value"`` set in them."""
+    changed = dict(values)
+    for override in overrides:
+        _override(changed, override)
+    return changed
+
+
 def _override(values: dict[str, Any], override: str) -> None:
     """Set ``a.b=value`` in plain values."""
     field, equals, text = override.partition("=")

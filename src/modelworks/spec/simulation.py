@@ -138,7 +138,7 @@ class RestartSpec(Section):
     communicator: Duration = 10.0
     """Setting up the communicators of a small job."""
     communicator_per_rank: Duration = 0.003
-    """What each further rank adds to that; MegaScale reports under 30 s for more than 10,000 GPUs (arXiv:2402.15627)."""
+    """What each further rank adds; MegaScale reports under 30 s for more than 10,000 GPUs (arXiv:2402.15627)."""
     warm_up: Duration = 60.0
     """Compilation and the first, slow steps."""
     spread: Annotated[float, Field(ge=0, le=2)] = 0.3
@@ -235,6 +235,7 @@ class AlternativeSpec(Section):
     gpus: PositiveInt
     gpus_per_node: PositiveInt | None = None
     scale_up_domain: PositiveInt | None = None
+    node_overhead_w: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     start: Date | None = None
     """When its first GPUs arrive; the run's own start if none is given."""
     batches: list[BatchSpec] = []
