@@ -152,7 +152,8 @@ class Answer:
             },
             "lost_usd": lost_hours * cost.usd_per_gpu_hour,
             "checkpoint": {
-                "every_s": s.checkpoints.every_s * s.checkpoints.ratio,
+                "every_s": s.checkpoints.every_s,
+                "durable_every_s": s.checkpoints.every_s * s.checkpoints.ratio,
                 "bytes": s.work.checkpoint_bytes,
                 "stall_s": s.checkpoints.stall_s + s.checkpoints.durable_stall_s,
                 "write_s": s.checkpoints.lag_s or s.checkpoints.durable_stall_s,
@@ -249,12 +250,12 @@ def best_interval_s(resolved: Scenario, seed: int) -> float | None:
     """The time between checkpoints with the largest ETTR, found by simulation. None if nothing fails.
 
     Thirteen intervals around Young's, in equal ratios, meet the same failures; a parabola through the best and its
-    neighbours gives the answer. Not shorter than a checkpoint can be written.
+    neighbours gives the answer. Not shorter than a checkpoint can be written; of two levels, it is the one in memory.
     """
     plan, mttf_s = resolved.checkpoints, resolved.mttf_s
     if mttf_s == math.inf:
         return None
-    shortest = max(plan.lag_s, 1.0)
+    shortest = 1.0 if plan.fast else max(plan.lag_s, 1.0)
     middle = max(young_s(max(plan.stall_s + plan.durable_stall_s, 1e-2), mttf_s), shortest)
     low, high = max(middle / 6.0, shortest), min(middle * 6.0, 4.0 * mttf_s)
     if high <= low:

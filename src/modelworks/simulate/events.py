@@ -130,6 +130,7 @@ class _Replica:
             self.env.run(until=self.job)
         outcome = Outcome(
             elapsed_s=np.array([self.env.now]),
+            there_s=self.s.capacity.node_seconds(np.array([self.env.now])) / self.s.nodes,
             useful_s=np.array([self.work]),
             finished=np.array([self.finished]),
             interruptions=self.interruptions[None],

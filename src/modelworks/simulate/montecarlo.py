@@ -406,6 +406,7 @@ class _Replicas:
         """The books, closed."""
         return Outcome(
             elapsed_s=self.now,
+            there_s=self.s.capacity.node_seconds(self.now) / self.s.nodes,
             useful_s=self.work,
             finished=self.finished,
             interruptions=self.interruptions,

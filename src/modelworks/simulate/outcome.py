@@ -25,7 +25,7 @@ REASONS = (
     "maintenance",
 )
 """Where the time goes that isn't useful. `waiting` is for nodes, people and outages; `maintenance` all that is planned;
-`fewer nodes` what a machine lacks that is shrunk or still being built."""
+`fewer nodes` what a machine lacks that is shrunk or still being built, as long as it runs."""
 CHECKPOINTS, LOST_WORK, DETECTION, WAITING, RESTART, FEWER, STRAGGLERS, CHECKS, MAINTENANCE = range(len(REASONS))
 
 
@@ -35,6 +35,8 @@ class Outcome:
 
     elapsed_s: Floats
     """(R,) Until the tokens were done or the horizon."""
+    there_s: Floats
+    """(R,) The same, but time counts only for as much of the machine as was built and had power."""
     useful_s: Floats
     """(R,) Work that counts, in seconds of the finished machine at full speed."""
     finished: npt.NDArray[np.bool_]
@@ -54,8 +56,8 @@ class Outcome:
 
     @property
     def ettr(self) -> Floats:
-        """(R,) Useful over elapsed time."""
-        return self.useful_s / self.elapsed_s
+        """(R,) Useful over elapsed time, of what was there of the machine."""
+        return self.useful_s / self.there_s
 
 
 def together(outcomes: list[Outcome]) -> Outcome:

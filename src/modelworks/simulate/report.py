@@ -53,7 +53,8 @@ def _summary(found: Answer) -> Table:
         ("ETTR", f"{ettr['mean']:.1%} (5 to 95 %: {ettr['p5']:.1%} to {ettr['p95']:.1%})"),
         ("mean time to failure", at),
         ("lost", f"{values['lost_gpu_hours']:,.0f} GPU-hours, {usd(values['lost_usd'])}"),
-        ("checkpoint", f"every {duration(plan['every_s'])}, {plan['bytes'] / 1e12:.3g} TB, stops the job for "
+        ("checkpoint", f"every {duration(plan['every_s'])}, in storage every {duration(plan['durable_every_s'])}, "
+                       f"{plan['bytes'] / 1e12:.3g} TB, stops the job for "
                        f"{duration(plan['stall_s'])}, written in {duration(plan['write_s'])}"),
         ("best interval", f"{duration(plan['best_interval_s'])} by simulation, "
                           f"{duration(plan['young_daly_s'])} by Young and Daly"),
@@ -192,15 +193,13 @@ def beside_page(beside: Beside) -> Group:
 def comparison_page(comparison: Comparison) -> Group:
     """Machines compared over the calendar."""
     table = Table(
-        "machine", "GPUs", "from", "ETTR", "tokens/day", "done", "cost of the run", "$/M tokens", "J/token",
+        "machine", "ETTR", "tokens/day", "done", "cost of the run", "$/M tokens", "J/token",
         title=f"{comparison.tokens / 1e12:,.3g} trillion tokens on each",
     )  # fmt: skip
-    for each, ettr, gpus in zip(comparison.candidates, comparison.ettrs, comparison.gpus, strict=True):
+    for each, ettr in zip(comparison.candidates, comparison.ettrs, strict=True):
         cost = comparison.usd(each)
         table.add_row(
             each.name,
-            f"{gpus:,}",
-            each.start.isoformat(),
             f"{ettr:.1%}",
             f"{each.tokens_per_s * 86400 / 1e9:,.0f} G",
             each.finish(comparison.tokens).date().isoformat(),

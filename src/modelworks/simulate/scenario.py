@@ -106,7 +106,10 @@ class Scenario:
         }
 
     def with_interval(self, every_s: float) -> Scenario:
-        """The same with other time between checkpoints."""
+        """The same with other time between checkpoints; between those in memory where there are such."""
+        if self.checkpoints.fast:
+            ratio = max(1, round(self.checkpoints.ratio * self.checkpoints.every_s / every_s))
+            return replace(self, checkpoints=replace(self.checkpoints, every_s=every_s, ratio=ratio))
         plan = checkpoints(
             self.run, self.work.checkpoint_bytes, self.work.step_time_s, self.machine.parts, every_s=every_s
         )
