@@ -15,13 +15,13 @@ import numpy as np
 
 from modelworks.simulate.buildout import DAY_S
 from modelworks.simulate.closed_form import daly_s, repair_wait_s, young_s
-from modelworks.simulate.facts import failures
 from modelworks.simulate.failures import causes, draw
 from modelworks.simulate.machine import Machine, components, gpus_for_budget, machine, network
 from modelworks.simulate.montecarlo import follow, simulate
 from modelworks.simulate.outcome import REASONS, Floats, Outcome
 from modelworks.simulate.scenario import Scenario, scenario
 from modelworks.spec.errors import InputError
+from modelworks.spec.facts import failures
 from modelworks.spec.run import RunSpec
 from modelworks.spec.simulation import MOST_GPUS
 

@@ -141,7 +141,8 @@ def hall(racks: int, racks_per_row: int, rows_per_hall: int, gpus_per_rack: int,
         here = min(per_hall, racks - number * per_hall)
         parts.append(
             f'<rect x="{left - 8:.1f}" y="{top:.1f}" width="{columns * cell + 16:.1f}" height="{hall_height:.1f}" '
-            f'rx="4" class="hall"><title>hall {number + 1}: {here:,} racks, {here * gpus_per_rack:,} GPUs</title></rect>'
+            f'rx="4" class="hall"><title>hall {number + 1}: {here:,} racks, {here * gpus_per_rack:,} GPUs</title>'
+            "</rect>"
             f'<text x="{left:.1f}" y="{top + 14:.1f}" class="quiet">hall {number + 1}</text>'
         )
         for place in range(here):

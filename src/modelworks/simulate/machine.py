@@ -12,9 +12,9 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from modelworks.simulate.facts import parts as read_parts
-from modelworks.simulate.facts import prices as read_prices
 from modelworks.spec.errors import InputError
+from modelworks.spec.facts import parts as read_parts
+from modelworks.spec.facts import prices as read_prices
 from modelworks.spec.files import device_spec
 from modelworks.spec.hardware import ClusterSpec, DeviceSpec
 from modelworks.spec.machine import PartsSpec, PricesSpec

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from modelworks.simulate import facts
 from modelworks.simulate.buildout import DAY_S, Capacity, capacity
 from modelworks.simulate.closed_form import effective_time_ratio
 from modelworks.simulate.failures import Cause, causes
 from modelworks.simulate.machine import Machine, machine
 from modelworks.simulate.recovery import Checkpoints, checkpoints, group_nodes, restart_s
 from modelworks.simulate.workload import Workload, duration_at_full_speed_s, workload
+from modelworks.spec import facts
 from modelworks.spec.errors import InputError
 from modelworks.spec.run import RunSpec
 

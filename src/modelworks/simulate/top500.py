@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from modelworks.simulate.facts import top500
 from modelworks.simulate.machine import Machine
+from modelworks.spec.facts import top500
 from modelworks.spec.machine import Top500Spec
 
 SAME_CHIP = {

@@ -169,7 +169,7 @@ def _override(values: dict[str, Any], override: str) -> None:
     known = [*dotted_keys(RunSpec), "model.hf"]
     if not equals or not field:
         raise InputError(f"--set {override!r} is not accepted: it is written field=value, such as train.seq_len=512")
-    if field not in known and not field.startswith(("model.rope_scaling.",)):
+    if field not in known and not field.startswith(("model.rope_scaling.", "simulate.causes.")):
         raise InputError(
             f"--set {field}: unknown field; "
             + nearest(field, known, [k for k in known if k.rsplit(".", 1)[-1] == field])

@@ -1,4 +1,4 @@
-"""The catalog's files that a simulation reads, as typed specs."""
+"""The catalog's files of failures, parts, prices, TOP500 machines and published runs, as typed specs."""
 
 from __future__ import annotations
 
@@ -28,15 +28,25 @@ def prices(name: str) -> PricesSpec:
     return _read(PricesSpec, "prices", name)
 
 
+def top500_machine(name: str) -> Top500Spec:
+    """A machine of the TOP500, by catalog name."""
+    return _read(Top500Spec, "top500", name)
+
+
+def published_run(name: str) -> PublishedRunSpec:
+    """What others published of a run's interruptions, by catalog name."""
+    return _read(PublishedRunSpec, "observations", name)
+
+
 def top500() -> list[Top500Spec]:
     """All machines of the TOP500 that the catalog has, the fastest first."""
-    machines = [_read(Top500Spec, "top500", name) for name in catalog.names("top500")]
+    machines = [top500_machine(name) for name in catalog.names("top500")]
     return sorted(machines, key=lambda machine: -machine.rmax_flops)
 
 
 def published_runs() -> list[PublishedRunSpec]:
     """What others published of their runs' interruptions."""
-    return [_read(PublishedRunSpec, "observations", name) for name in catalog.names("observations")]
+    return [published_run(name) for name in catalog.names("observations")]
 
 
 def _read(kind: type[SectionType], folder: Kind, name: str) -> SectionType:
