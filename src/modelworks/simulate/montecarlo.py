@@ -40,8 +40,8 @@ FAILURES_AT_ONCE = 6_000_000
 """Failures that are held in memory at the same time; 40 bytes each."""
 MOST_REPLICAS_AT_ONCE = 4096
 FAILURE, RELAPSE, PLANNED, RESIZE, END = range(5)
-_SLOTS = 8
-"""Places for nodes under repair to begin with; more are added as they are needed."""
+_SLOTS = 16
+"""Places for nodes under repair to begin with; as many are added whenever they are needed."""
 
 
 def simulate(scenario: Scenario, samples: int, seed: int, progress: Callable[[float], None] | None = None) -> Outcome:
@@ -358,7 +358,7 @@ class _Replicas:
         return float(back[order[first]]) if first < len(order) else float("inf")
 
     def _add_slots(self) -> None:
-        more = ((0, 0), (0, self.back.shape[1]))
+        more = ((0, 0), (0, _SLOTS))
         self.back, self.gone = np.pad(self.back, more), np.pad(self.gone, more)
         self.relapse = np.pad(self.relapse, more, constant_values=np.inf)
         self.first_failure = np.pad(self.first_failure, more)
