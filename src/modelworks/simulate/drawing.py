@@ -7,6 +7,7 @@ what a mark stands for is its ``<title>``, which browsers show as a tooltip.
 from __future__ import annotations
 
 import html
+import itertools
 from collections.abc import Sequence
 
 WIDTH = 960
@@ -155,6 +156,30 @@ def hall(racks: int, racks_per_row: int, rows_per_hall: int, gpus_per_rack: int,
             )
     total = 8 + -(-halls // across) * (hall_height + 12)
     return _svg(total, parts)
+
+
+def network(levels: Sequence[tuple[str, int]], most: int = 48) -> str:
+    """The switches, level above level, leaves lowest; a square stands for several where there are many."""
+    parts, places = [], []
+    for row, (name, number) in enumerate(reversed(levels)):
+        squares = min(number, most)
+        each = -(-number // squares)
+        step = 760 / squares
+        xs = [170 + step * (square + 0.5) for square in range(squares)]
+        y = 14 + row * 44
+        places.append((xs, y))
+        parts.append(f'<text x="150" y="{y + 9}" text-anchor="end">{number:,} {html.escape(name)}</text>')
+        tip = f"<title>{html.escape(name)}: {each:,} switches</title>" if each > 1 else ""
+        parts += [
+            f'<rect x="{x - 5:.1f}" y="{y}" width="10" height="10" rx="2" fill="{COLOURS[4]}">{tip}</rect>' for x in xs
+        ]
+    for (above, high), (below, low) in itertools.pairwise(places):
+        parts += [
+            f'<path d="M{x:.1f} {low}L{above[round(at * (len(above) - 1))]:.1f} {high + 10}" class="axis"/>'
+            for x in below
+            for at in (0.0, 0.5, 1.0)
+        ]
+    return _svg(len(levels) * 44 - 8, parts)
 
 
 def _svg(height: float, parts: Sequence[str], label: str = "") -> str:

@@ -47,7 +47,7 @@ def page(
         "<h2>From peak FLOPs to useful tokens</h2>",
         drawing.waterfall(found.goodput),
         "<h2>What stops the run</h2>",
-        drawing.bars(_causes(found)),
+        drawing.bars(causes(found)),
         "<h2>Effective training time over all samples</h2>",
         drawing.histogram([100.0 * float(value) for value in out.ettr], unit=" %"),
         f"<h2>One replica's time, every failure and recovery ({len(history.happenings):,} events)</h2>",
@@ -95,11 +95,15 @@ def struck_racks(machine: Machine, happenings: Sequence[Happening]) -> list[int]
 
 
 def picture(machine: Machine, struck: Sequence[int] = ()) -> str:
-    """The machine's halls and racks."""
+    """The machine's network, halls and racks."""
     per_rack = nodes_per_rack(machine.cluster, machine.parts)
     gpus = min(per_rack * machine.cluster.gpus_per_node, machine.cluster.gpus)
     shape = machine.parts.hall
-    return drawing.hall(machine.counts["rack"], shape.racks_per_row, shape.rows_per_hall, gpus, struck)
+    drawn = drawing.hall(machine.counts["rack"], shape.racks_per_row, shape.rows_per_hall, gpus, struck)
+    if machine.network is None:
+        return drawn
+    names = [f"{name} switches" for name in ("leaf", "spine", "core", "super-core")]
+    return drawing.network(list(zip(names, machine.network.switches, strict=False))) + drawn
 
 
 def calendar(comparison: Comparison) -> str:
@@ -136,7 +140,8 @@ def _figures(found: Answer) -> str:
     return '<div class="figures">' + "".join(f"<div><b>{b}</b>{what}</div>" for b, what in shown) + "</div>"
 
 
-def _causes(found: Answer) -> list[tuple[str, float, str]]:
+def causes(found: Answer) -> list[tuple[str, float, str]]:
+    """Rows for a chart of lost time: (cause, seconds, what is written behind it)."""
     counts, lost = found.outcome.interruptions.mean(axis=0), found.outcome.causes_s.mean(axis=0)
     order = sorted(range(len(counts)), key=lambda index: -lost[index])
     return [

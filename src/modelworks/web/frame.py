@@ -19,7 +19,12 @@ LOGO = (
     'stroke-linejoin="round"><path d="M3 19V7l5 4 4-6 4 6 5-4v12z"/><path d="M8 19v-4M12 19v-6M16 19v-4"/></svg>'
 )
 FAVICON = LOGO.replace("var(--accent)", "#0f766e").replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ')
-_PAGES = [("Chat", "/", "chat_bubble_outline"), ("Runs", "/runs", "show_chart"), ("Models", "/models", "layers")]
+_PAGES = [
+    ("Chat", "/", "chat_bubble_outline"),
+    ("Runs", "/runs", "show_chart"),
+    ("Supercomputer", "/supercomputer", "dns"),
+    ("Models", "/models", "layers"),
+]
 
 
 @contextmanager
