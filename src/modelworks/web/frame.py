@@ -22,6 +22,7 @@ FAVICON = LOGO.replace("var(--accent)", "#0f766e").replace("<svg ", '<svg xmlns=
 _PAGES = [
     ("Chat", "/", "chat_bubble_outline"),
     ("Plan", "/plan", "calculate"),
+    ("Supercomputer", "/supercomputer", "dns"),
     ("Runs", "/runs", "show_chart"),
     ("Models", "/models", "layers"),
 ]
