@@ -54,8 +54,10 @@ def everything(model: ModelSpec, seq_len: int, devices: int) -> Layouts:
             if pipeline > 1 and short - short // 2 > middle - 1:
                 continue
             schedules = (1,) if virtual > 1 else (0, 2) if pipeline > 1 else (0,)
-            for schedule in schedules:
-                found.append((tensor, pipeline, context, data, micro, virtual, expert, inner, parallel, schedule))
+            found += [
+                (tensor, pipeline, context, data, micro, virtual, expert, inner, parallel, schedule)
+                for schedule in schedules
+            ]
     columns = dict(zip(
         ("tensor", "pipeline", "context", "data", "micro_batch", "virtual_stages", "expert", "expert_tensor",
          "sequence_parallel", "schedule"),

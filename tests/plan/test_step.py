@@ -150,7 +150,7 @@ def test_the_fullest_stage_decides_the_memory(setting: MakeSetting) -> None:
 
 
 def test_muons_products_are_five_times_three_for_each_matrix(setting: MakeSetting) -> None:
-    """X X^T, its square and the product with X: 4 m^2 n + 2 m^3 FLOPs for m x n matrices, large enough to be at peak."""
+    """X X^T, its square and the product with X: 4 m^2 n + 2 m^3 FLOPs for m x n, large enough for the peak."""
     base = replace(setting("llama-3.1-405b"), optimizer="muon")
     dense, _ = layer_seconds(base, "bf16")
     model = base.model

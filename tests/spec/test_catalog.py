@@ -169,9 +169,10 @@ def test_a_preset_cannot_name_a_file_outside_the_catalog() -> None:
         entry("models", "../hardware/local")
 
 
-def test_an_unknown_price_list_names_those_that_are_known() -> None:
-    with pytest.raises(InputError, match="no preset 'x' in prices; known are h100-2024"):
-        entry("prices", "x")
+def test_every_price_is_of_a_device_of_the_catalog() -> None:
+    assert set(names("prices")) - {"rules"} <= set(names("hardware"))
+    with pytest.raises(InputError, match="no preset 'b20' in prices; did you mean 'b200'"):
+        entry("prices", "b20")
 
 
 def test_a_preset_may_be_a_file_of_the_users(tmp_path: Path) -> None:

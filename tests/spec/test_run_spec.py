@@ -203,7 +203,7 @@ def test_bad_input_is_refused_in_a_sentence_that_names_the_field(text: str, sent
         (GROK_TINY + "[parallel]\npipeline = 7\n", "needs more layers than model.layers = 6"),
         (
             GROK_TINY + "[parallel]\ntensor = 2\n",
-            "tensor 2 x pipeline 1 x context 1 = 2 doesn't divide into cluster.gpus",
+            "tensor 2 = 2 doesn't divide into cluster.gpus",
         ),
         ('model = "smollm2-135m"\n[parallel]\nexpert = 2\n', "parallel.expert = 2 needs model.moe.experts, and this"),
         (

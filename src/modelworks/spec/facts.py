@@ -25,7 +25,7 @@ def parts(name: str) -> PartsSpec:
 
 def prices(name: str) -> PricesSpec:
     """Prices, by catalog name or path."""
-    return _read(PricesSpec, "prices", name)
+    return _read(PricesSpec, "part-prices", name)
 
 
 def top500_machine(name: str) -> Top500Spec:

@@ -31,7 +31,7 @@ _READERS: dict[str, Callable[[str], Section]] = {
     "clusters": cluster_spec,
     "failures": facts.failures,
     "parts": facts.parts,
-    "prices": facts.prices,
+    "part-prices": facts.prices,
     "top500": facts.top500_machine,
     "observations": facts.published_run,
 }

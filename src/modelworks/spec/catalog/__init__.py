@@ -27,6 +27,7 @@ Kind = Literal[
     "prices",
     "scaling",
     "parts",
+    "part-prices",
     "top500",
     "observations",
 ]
