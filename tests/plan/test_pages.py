@@ -14,11 +14,19 @@ from hypothesis import strategies as st
 from rich.console import Console, RenderableType
 
 from modelworks.plan import report
-from modelworks.plan.page import comparison_html, memory_markup, plan_html, waterfall_markup
+from modelworks.plan.page import (
+    comparison_html,
+    memory_markup,
+    plan_html,
+    waterfall_markup,
+    write_comparison,
+    write_plan,
+)
 from modelworks.plan.planner import LOSSES, Loss, Plan, plan
 from modelworks.plan.scatter import scatter_html
 from modelworks.plan.waterfall import MEANINGS, MEMORY_NAMES, largest_first
 from modelworks.plan.words import duration, gib, layout_name, money, percent, seconds
+from modelworks.spec.errors import OperationError
 from modelworks.spec.files import run_from
 
 from .markup import Balanced
@@ -210,6 +218,15 @@ def test_a_name_from_a_file_is_text_on_every_page(staged: Plan) -> None:
         assert attack in Text(page).said
     assert "[bold]" in printed(report.page(hostile))
     assert "[bold]" in printed(report.comparison([hostile, staged]), 200)
+
+
+def test_a_page_is_written_whole_or_not_at_all(staged: Plan, tmp_path: Path) -> None:
+    write_plan(staged, tmp_path / "plan.html")
+    write_comparison([staged, staged], tmp_path / "both.html")
+    assert (tmp_path / "plan.html").read_text(encoding="utf-8") == plan_html(staged)
+    with pytest.raises(OperationError, match="can't be written: Is a directory"):
+        write_plan(staged, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["both.html", "plan.html"]
 
 
 def test_memory_beyond_the_device_is_said_and_marked(staged: Plan) -> None:
