@@ -81,27 +81,36 @@ def _plan(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Set any field, such as parallel.tensor=4."),
     ] = None,
-    search: Annotated[bool, typer.Option("--search", help="Also try other precisions, and fewer devices.")] = False,
+    search: Annotated[
+        bool, typer.Option("--search", help="Everything feasible: precisions, fewer devices ...")
+    ] = False,
     top: Annotated[int, typer.Option(min=0, max=100, help="How many other layouts to show.")] = 5,
+    budget: Annotated[str | None, typer.Option(help="The best cluster and model for a sum: 6e9, 250M.")] = None,
+    power: Annotated[str | None, typer.Option(help="The same for a power supply: 150MW.")] = None,
+    by: Annotated[str | None, typer.Option(help="The same by a date: 2027-10.")] = None,
+    compare: Annotated[tuple[Path, Path] | None, typer.Option(metavar="A.toml B.toml", help="Side by side.")] = None,
+    emit: Annotated[
+        str | None, typer.Option(help="Print the layout for megatron, torchtitan, nemo, maxtext or modelworks.")
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Find the best layout of a run on a cluster, and what it takes: time, memory, MFU, energy, money; and why.
 
     Example: [bold]modelworks plan --model grok-1 --cluster colossus-100k --gpus 1024 --tokens 2T[/bold]
     """
-    from modelworks.plan.planner import plan
-    from modelworks.plan.report import page
-    from modelworks.plan_command import run_of
+    from modelworks import plan_command
 
-    run = run_of(
+    if budget or power or by:
+        plan_command.print_budget(budget, power, by, cluster, as_json, console)
+        return
+    if compare:
+        plan_command.print_comparison(compare, overrides or [], search, as_json, console)
+        return
+    run = plan_command.run_of(
         file, overrides or [], model=model, cluster=cluster, gpus=gpus, tokens=tokens, seq_len=seq_len,
         global_batch=global_batch, software=software,
     )  # fmt: skip
-    made = plan(run, wide=search, top=top)
-    if as_json:
-        print(json.dumps(made.as_dict(), indent=1))
-    else:
-        console.print(page(made))
+    plan_command.print_plan(run, search, top, emit, as_json, console)
 
 
 # --- train, runs ------------------------------------------------------------------------------------------------------
@@ -109,7 +118,9 @@ def _plan(
 
 @app.command("accuracy")
 def _accuracy(
-    runs: Annotated[Path, typer.Argument(metavar="RUNS.csv", help="Measured runs; docs/how-to/plan.md has the columns.")],
+    runs: Annotated[
+        Path, typer.Argument(metavar="RUNS.csv", help="Measured runs; docs/how-to/plan.md has the columns.")
+    ],
     plot: Annotated[
         Path | None, typer.Option("--plot", metavar="FILE", help="Draw predicted against measured: .svg or .html.")
     ] = None,

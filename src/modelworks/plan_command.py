@@ -5,9 +5,10 @@ It sits beside the command line since it puts rooms together; what is calculated
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tomli_w
 
@@ -16,7 +17,12 @@ from modelworks.spec.files import cluster_spec, load_run, loads_run, model_spec
 from modelworks.spec.model import ModelSpec
 from modelworks.spec.run import RunSpec
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 DEFAULT_CLUSTER = "h100-superpod"
+BUDGET_CLUSTER = "colossus-100k"
+"""Whose nodes and network a budget buys if none is named."""
 _LONGEST_DEFAULT = 8192
 _BATCH_TOKENS = 4_194_304
 """Tokens of a default step: what GPT-3 and Llama ended with (3.2 to 4 million); more devices take more."""
@@ -25,8 +31,6 @@ _DEVICES_PER_SEQUENCE = 8
 (arXiv:2407.21783, table 4)."""
 _TOKENS_PER_PARAMETER = 20
 """Hoffmann et al. 2022, table 3, for the parameters that a token passes through."""
-MOST_DEVICES = 1_000_000
-"""Beyond what any site has."""
 
 
 def run_of(
@@ -51,8 +55,6 @@ def run_of(
     for name, value in (("--gpus", gpus), ("--seq-len", seq_len), ("--global-batch", global_batch)):
         if value is not None and value < 1:
             raise InputError(f"{name} {value} is not accepted: a whole number of 1 or more is")
-    if gpus is not None and gpus > MOST_DEVICES:
-        raise InputError(f"--gpus {gpus} is not accepted: at most {MOST_DEVICES:,} are")
     changes = list(overrides)
     if file is not None:
         for name, value in (
@@ -106,3 +108,55 @@ def _default_batch(seq_len: int, gpus: int) -> int:
 def _run_name(model: str) -> str:
     kept = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in model).lstrip("._-")
     return kept[:64] or "run"
+
+
+def print_plan(run: RunSpec, search: bool, top: int, emit: str | None, as_json: bool, console: Console) -> None:
+    """Plan a run and print what was asked for: the plan, or its layout in a framework's own words."""
+    from modelworks.plan.emit import FRAMEWORKS
+    from modelworks.plan.emit import emit as written
+    from modelworks.plan.planner import plan
+    from modelworks.plan.report import page
+
+    if emit is not None and emit not in FRAMEWORKS:
+        written(run, emit)
+    made = plan(run, wide=search, top=top)
+    if emit is not None:
+        text = written(made.run, emit)
+        print(json.dumps({"framework": emit, "text": text}) if as_json else text, end="\n" if as_json else "")
+    elif as_json:
+        print(json.dumps(made.as_dict(), indent=1))
+    else:
+        console.print(page(made))
+
+
+def print_budget(
+    budget: str | None, power: str | None, by: str | None, cluster: str | None, as_json: bool, console: Console
+) -> None:
+    """Print the largest cluster and the best model under a sum of money, a power supply and a date."""
+    from modelworks.plan.budget import Limits, parse_date, parse_power, parse_usd, table
+    from modelworks.plan.budget import budget as reckon
+
+    limits = Limits(
+        usd=None if budget is None else parse_usd(budget),
+        power_w=None if power is None else parse_power(power),
+        by=None if by is None else parse_date(by),
+    )
+    found = reckon(cluster_spec(cluster or BUDGET_CLUSTER), limits)
+    if as_json:
+        print(json.dumps(found.as_dict(), indent=1))
+    else:
+        console.print(table(found))
+
+
+def print_comparison(
+    files: Sequence[Path], overrides: Sequence[str], search: bool, as_json: bool, console: Console
+) -> None:
+    """Plan several runs and print them side by side."""
+    from modelworks.plan.comparison import compared, table
+    from modelworks.plan.planner import plan
+
+    plans = [plan(load_run(file, overrides), wide=search, top=0) for file in files]
+    if as_json:
+        print(json.dumps(compared(plans), indent=1))
+    else:
+        console.print(table(plans))

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
 
 import numpy as np
 
@@ -43,6 +45,7 @@ class Setting:
     fabric: Fabric
     software: SoftwareSpec
     calibration: CalibrationSpec
+    optimizer: Literal["adamw", "muon"] = "adamw"
 
     def sustained(self, precision: str) -> float:
         """The share of a short measurement's rate that matrix products keep up."""
@@ -81,6 +84,21 @@ class LayerTimes:
     weight_gradient: FloatArray
     """The part of `backward` that no other stage waits for (Qi et al. 2023, zero-bubble schedules), seconds, (U,)."""
 
+    @cached_property
+    def both(self) -> FloatArray:
+        """Forward and backward together, (K, U)."""
+        return self.forward + self.backward
+
+    @cached_property
+    def totals(self) -> tuple[FloatArray, FloatArray]:
+        """All of the forward and all of the backward pass, each (U,)."""
+        return self.forward.sum(axis=0), self.backward.sum(axis=0)
+
+    @cached_property
+    def again(self) -> FloatArray:
+        """All that each kind of recomputation adds, (R, U)."""
+        return np.stack([kind.sum(axis=0) for kind in self.recompute])
+
 
 @dataclass(frozen=True)
 class BlockTimes:
@@ -94,6 +112,11 @@ class BlockTimes:
     head_backward: FloatArray
     boundary_bytes: FloatArray
     """What one stage sends to the next, (U,)."""
+
+    @cached_property
+    def head(self) -> FloatArray:
+        """The head's forward and backward pass together, (K, U)."""
+        return self.head_forward + self.head_backward
 
 
 def block_times(setting: Setting, shapes: Layouts) -> BlockTimes:

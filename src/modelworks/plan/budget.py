@@ -14,8 +14,12 @@ from dataclasses import asdict, dataclass
 from datetime import date, timedelta
 from typing import Any
 
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Table
+
 from modelworks.plan.cost import CostRules, capital_usd, cost_rules, power_w, price_of
-from modelworks.plan.planner import Plan, plan
+from modelworks.plan.planner import MOST_DEVICES, Plan, plan
 from modelworks.plan.scaling import Optimum, optima, routed_law
 from modelworks.spec import catalog
 from modelworks.spec.errors import InputError
@@ -27,7 +31,6 @@ from modelworks.spec.model import ModelSpec
 _WATTS = {"W": 1.0, "kW": 1e3, "MW": 1e6, "GW": 1e9}
 _USD = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 _DAY_S, _YEAR_DAYS = 86400.0, 365.25
-MOST_DEVICES = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Budget:
     """With prices or power at the bad end of their spread."""
     devices_high: int
     bound_by: str
-    """`money`, `power` or `size` (a million devices)."""
+    """`money`, `power` or `size` (what a network joins)."""
     power_w: float
     capital_usd: float | None
     """Devices, nodes, network and site."""
@@ -263,7 +266,12 @@ def _with_experts(best: Optimum) -> dict[str, float]:
     """
     total = best.parameters * (1 / 3 + 2 / 3 * 4)
     equivalent = routed_law().dense_equivalent(best.parameters, 4.0)
-    return {"active_parameters": best.parameters, "parameters": total, "dense_equivalent": equivalent, "tokens": best.tokens}
+    return {
+        "active_parameters": best.parameters,
+        "parameters": total,
+        "dense_equivalent": equivalent,
+        "tokens": best.tokens,
+    }
 
 
 def _whole_nodes(devices: float, cluster: ClusterSpec) -> int:
@@ -287,3 +295,36 @@ def _given(limits: Limits) -> str:
 
 def _spread(share: float) -> str:
     return f"{share:.0%} to either side"
+
+
+def table(found: Budget) -> Group:
+    """A budget for the terminal."""
+    cluster = Table(title="the largest cluster", show_header=False)
+    rows = [
+        ("devices", f"{found.devices:,} x {found.device} ({found.devices_low:,} to {found.devices_high:,})"),
+        ("bound by", found.bound_by),
+        ("power", f"{found.power_w / 1e6:,.1f} MW"),
+        ("devices, network, site", "no price known" if found.capital_usd is None else f"{found.capital_usd:,.0f} USD"),
+        ("electricity of the run", "" if found.running_usd is None else f"{found.running_usd:,.0f} USD"),
+        ("trains", f"{found.begin} to {found.end}, {found.train_days:,.0f} days"),
+        ("computes", f"{found.compute_flop:.3g} FLOPs at {found.mfu:.1%} MFU"),
+    ]
+    if found.rented_devices is not None:
+        rows.append(("rented instead", f"{found.rented_devices:,} devices for those days, were there so many"))
+    for name, value in rows:
+        cluster.add_row(name, value)
+    models = Table("law", "parameters", "tokens", "tokens per parameter", "80 % range", title="the best dense model")
+    for best in found.optima:
+        wide = "not stated"
+        if best.parameters_low is not None and best.parameters_high is not None:
+            wide = f"{best.parameters_low / 1e9:,.0f} to {best.parameters_high / 1e9:,.0f} B"
+        models.add_row(
+            best.law, f"{best.parameters / 1e9:,.0f} B", f"{best.tokens / 1e12:,.1f} T",
+            f"{best.tokens / best.parameters:,.0f}", wide,
+        )  # fmt: skip
+    experts = found.experts
+    with_experts = (
+        f"with 8 experts, 2 for each token, at the same cost: {experts['parameters'] / 1e9:,.0f} B parameters, "
+        f"{experts['active_parameters'] / 1e9:,.0f} B active, as good as {experts['dense_equivalent'] / 1e9:,.0f} B dense"
+    )
+    return Group(cluster, models, with_experts, *(escape(f"note: {note}") for note in found.notes))

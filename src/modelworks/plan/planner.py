@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -35,6 +35,10 @@ from modelworks.spec.software import CalibrationSpec, SoftwareSpec
 
 DEFAULT_SOFTWARE = "megatron-core"
 """Whose traits a plan for GPUs assumes if the run doesn't say."""
+
+MOST_DEVICES = 524_288
+"""What three levels of 128-port switches join (a fat tree of k-port switches joins k^3 / 4); larger networks are not
+modelled."""
 
 
 @dataclass(frozen=True)
@@ -88,11 +92,13 @@ def setting_for(
     device: DeviceSpec,
     software: SoftwareSpec,
     calibration: CalibrationSpec | None = None,
+    optimizer: Literal["adamw", "muon"] = "adamw",
 ) -> Setting:
     """What steps of a model on a cluster are evaluated on."""
     calibration = calibration or calibration_spec()
     kernels = kernels_for(device)
-    return Setting(model, seq_len, device, kernels, fabric(cluster, kernels, calibration), software, calibration)
+    network = fabric(cluster, kernels, calibration)
+    return Setting(model, seq_len, device, kernels, network, software, calibration, optimizer)
 
 
 # --- the plan of a run ------------------------------------------------------------------------------------------------
@@ -243,10 +249,15 @@ def plan(run: RunSpec, *, wide: bool = False, top: int = 5, device: DeviceSpec |
         If no layout divides what it must or fits the memory: naming the choice that is in the way, or how much memory
         is missing and what would fit.
     """
+    if run.cluster.gpus > MOST_DEVICES:
+        raise InputError(
+            f"cluster.gpus = {run.cluster.gpus} is not accepted: up to {MOST_DEVICES} are, what three levels of "
+            "128-port switches join"
+        )
     device = device or device_spec(run.cluster.device)
     software = software_spec(software_name(run, device))
     train, cluster = run.train, run.cluster
-    setting = setting_for(run.model, train.seq_len, cluster, device, software)
+    setting = setting_for(run.model, train.seq_len, cluster, device, software, optimizer=train.optimizer)
     space = space_for(run, setting, wide)
     found = search(setting, train.global_batch, space)
     if not len(found.distinct.layouts):
@@ -532,24 +543,22 @@ def _enriched(setting: Setting, cluster: ClusterSpec, limit: float) -> Iterator[
     """The setting with a tenth more of each resource in turn, and the memory there then is."""
     more, device = 1.1, setting.device
 
-    def with_device(**changed: Any) -> Setting:
-        return setting_for(
-            setting.model, setting.seq_len, cluster, device.model_copy(update=changed), setting.software,
-            setting.calibration,
-        )  # fmt: skip
+    def changed(machines: ClusterSpec, **fields: Any) -> Setting:
+        richer = device.model_copy(update=fields)
+        kernels = kernels_for(richer)
+        network = fabric(machines, kernels, setting.calibration)
+        return replace(setting, device=richer, kernels=kernels, fabric=network)
 
     yield "memory", setting, limit * more
-    yield "memory bandwidth", with_device(memory_bandwidth_bytes=device.memory_bandwidth_bytes * more), limit
+    yield "memory bandwidth", changed(cluster, memory_bandwidth_bytes=device.memory_bandwidth_bytes * more), limit
     rates = {name: rate * more for name, rate in device.peak_flops.items()}
-    yield "FLOPs", with_device(peak_flops=rates), limit
+    yield "FLOPs", changed(cluster, peak_flops=rates), limit
     if device.scale_up_bandwidth_bytes is not None and cluster.scale_up_domain > 1:
-        yield "NVLink", with_device(scale_up_bandwidth_bytes=device.scale_up_bandwidth_bytes * more), limit
+        yield "NVLink", changed(cluster, scale_up_bandwidth_bytes=device.scale_up_bandwidth_bytes * more), limit
     if cluster.network is not None and cluster.gpus > cluster.gpus_per_node:
-        network = cluster.network.model_copy(update={"nic_bandwidth_bytes": cluster.network.nic_bandwidth_bytes * more})
-        wider = cluster.model_copy(update={"network": network})
-        yield "network", setting_for(
-            setting.model, setting.seq_len, wider, device, setting.software, setting.calibration
-        ), limit  # fmt: skip
+        faster = {"nic_bandwidth_bytes": cluster.network.nic_bandwidth_bytes * more}
+        wider = cluster.model_copy(update={"network": cluster.network.model_copy(update=faster)})
+        yield "network", changed(wider), limit
 
 
 def _assumptions(run: RunSpec, device: DeviceSpec, software: SoftwareSpec) -> tuple[Assumption, ...]:
@@ -597,6 +606,4 @@ def _notes(run: RunSpec, setting: Setting, devices: int, best: Candidate) -> tup
         notes.append("this machine has not been measured: modelworks bench does it")
     if best.memory_bytes > 0.95 * setting.device.memory_bytes:
         notes.append("the memory is filled to more than 95 %: expect the allocator to struggle")
-    if run.train.optimizer == "muon":
-        notes.append("the optimizer is taken for AdamW; Muon's products come on top")
     return tuple(notes)

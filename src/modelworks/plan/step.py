@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from modelworks.plan import muon
 from modelworks.plan.block import COMPONENTS, SHAPE, BlockTimes, LayerTimes, Setting, block_times
 from modelworks.plan.layout import PRECISIONS, BoolArray, FloatArray, IntArray, Layouts, distinct, fits_model, runs
 from modelworks.plan.memory import (
@@ -24,7 +25,7 @@ from modelworks.plan.memory import (
     stage_parameters,
     state_bytes,
 )
-from modelworks.plan.pipeline import bubble, deal_layers
+from modelworks.plan.pipeline import Stages, bubble, deal_layers
 from modelworks.spec.flops import training_flop_per_token
 
 REASONS = (*COMPONENTS, "recompute", "bubble", "pipeline", "data", "optimizer", "host", "jitter")
@@ -144,14 +145,14 @@ class _Rows:
         parts, again = [], []
         for kind, layers in (("first", stages.first), ("middle", stages.middle), ("last", stages.last)):
             dense = dense_layers_of(model, c, kind, layers)
-            both = self._layers(lambda layer: layer.forward + layer.backward, dense, layers - dense)
-            head = (block.head_forward + block.head_backward)[:, which]
+            both = self._layers(lambda layer: layer.both, dense, layers - dense)
+            head = block.head[:, which]
             if kind == "first":
                 both += block.embedding[:, which] + np.where(alone, head, 0.0)
             if kind == "last":
                 both += head + np.where(alone, block.embedding[:, which], 0.0)
             parts.append(both)
-            again.append(self._layers(_recomputed, dense, layers - dense))
+            again.append(self._layers(lambda layer: layer.again, dense, layers - dense))
         self.times = np.stack(parts, axis=1).reshape(len(COMPONENTS), -1)
         """By component and, flat, by stage and layout: (K, 3 W)."""
         self.plain = [both.sum(axis=0) for both in parts]
@@ -161,9 +162,9 @@ class _Rows:
         assert layer is not None
         self.weight_gradient = stages.middle * layer.weight_gradient[which]
         shares = (model.dense_layers / model.layers, model.moe_layers / model.layers)
-        self.layer_forward = self._layers(lambda layer: layer.forward.sum(axis=0), *shares)
-        self.layer_backward = self._layers(lambda layer: layer.backward.sum(axis=0), *shares)
-        self.layer_again = self._layers(_recomputed, *shares).reshape(-1)
+        self.layer_forward = self._layers(lambda layer: layer.totals[0], *shares)
+        self.layer_backward = self._layers(lambda layer: layer.totals[1], *shares)
+        self.layer_again = self._layers(lambda layer: layer.again, *shares).reshape(-1)
         self.sends = _sends(setting, c, block.boundary_bytes[which], self.micro_batches)
         jitter = setting.calibration.jitter_per_doubling if setting.device.kind == "gpu" else 0.0
         self.jitter = jitter * np.log2(np.maximum(c.devices / setting.fabric.node_devices, 1.0))
@@ -211,11 +212,6 @@ class _Rows:
         return self.layer_forward.take(of_row), self.layer_backward.take(of_row) + again
 
 
-def _recomputed(layer: LayerTimes) -> FloatArray:
-    """What each kind of recomputation adds to a layer's backward pass, (R, U)."""
-    return np.stack([kind.sum(axis=0) for kind in layer.recompute])
-
-
 def _sends(setting: Setting, c: Layouts, sent_bytes: FloatArray, m: FloatArray) -> FloatArray:
     """Exposed time of activations and their gradients between stages.
 
@@ -239,6 +235,8 @@ class _States:
         self.layers = np.maximum(parameters[1].layers, 1.0)
         self.reduced, self.gathered, self.tied = _exchanges(setting, c, parameters)
         self.optimizer = _optimizer(setting, c, parameters)
+        if setting.optimizer == "muon":
+            self.optimizer = self.optimizer + _muon(setting, c, stages)
         self.bytes = state_bytes(setting, c, parameters)
 
 
@@ -347,3 +345,16 @@ def _optimizer(setting: Setting, c: Layouts, parameters: tuple[StageParameters, 
         update = local * (4 * software.gradient_bytes + 24.0 + software.parameter_bytes)
         largest = np.maximum(largest, update + everywhere * software.gradient_bytes)
     return setting.kernels.memory_bound(largest / setting.calibration.memory_efficiency)
+
+
+def _muon(setting: Setting, c: Layouts, stages: Stages) -> FloatArray:
+    """What Muon adds on the stage with most layers; in each candidate's own precision, fp8 runs in bf16."""
+    out = np.zeros(len(c))
+    for code in np.unique(c.precision):
+        name = PRECISIONS[code]
+        dense_s, experts_s = muon.layer_seconds(setting, "bf16" if name in ("fp8", "fp4") else name)
+        for kind, layers in (("first", stages.first), ("middle", stages.middle), ("last", stages.last)):
+            dense = dense_layers_of(setting.model, c, kind, layers)
+            seconds = dense * dense_s + (layers - dense) * experts_s
+            out = np.where(c.precision == code, np.maximum(out, seconds), out)
+    return out
