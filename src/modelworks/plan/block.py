@@ -34,6 +34,10 @@ SHAPE = ("tensor", "context", "expert", "expert_tensor", "micro_batch", "precisi
 """The fields of `Layouts` that shape a layer on a device."""
 
 
+_DENSE_KERNELS = 3
+"""Of a dense feed-forward network forward: its products and its activation."""
+
+
 @dataclass(frozen=True)
 class Setting:
     """What a step is evaluated on, beside the layout."""
@@ -205,7 +209,9 @@ class _Work:
         """Each shape's time in its precision; in bf16 instead of what is narrower where `low` is false."""
         out = np.zeros(self.size)
         for code in np.unique(self.shapes.precision):
-            name = PRECISIONS[code] if low or PRECISIONS[code] not in ("fp8", "fp4") else "bf16"
+            name: Precision = PRECISIONS[code]
+            if not low and name in ("fp8", "fp4"):
+                name = "bf16"
             out = np.where(self.shapes.precision == code, timed(name), out)
         return out
 
@@ -263,7 +269,7 @@ class _Work:
         model, tokens = self.model, self.tokens
         heads = model.heads / self.tensor
         kv_heads = np.maximum(1.0, model.kv_heads / self.tensor)
-        products, q_width, v_width = self._attention_products(heads, kv_heads)
+        products, q_width = self._attention_products(heads, kv_heads)
         forward_matmul = sum((self.product(tokens, n, k) for n, k in products), np.zeros(self.size))
         data_gradient = sum((self.product(tokens, k, n) for n, k in products), np.zeros(self.size))
         weight_gradient = sum((self.product(n, k, tokens) for n, k in products), np.zeros(self.size))
@@ -302,15 +308,15 @@ class _Work:
 
     def _attention_products(
         self, heads: FloatArray, kv_heads: FloatArray
-    ) -> tuple[list[tuple[FloatArray, FloatArray]], FloatArray, FloatArray]:
-        """The (n, k) of the products of attention's linear maps on one device, and its widths of queries and values."""
+    ) -> tuple[list[tuple[FloatArray, FloatArray]], FloatArray]:
+        """The (n, k) of the products of attention's linear maps on one device, and the width of its queries."""
         model = self.model
         hidden = np.full(self.size, float(model.hidden))
         mla = model.latent_attention
         if mla is None:
             width = heads * model.head_dim
             joined = width + 2 * kv_heads * model.head_dim
-            return [(joined, hidden), (hidden, width)], width, kv_heads * model.head_dim
+            return [(joined, hidden), (hidden, width)], width
         q_width = heads * (mla.nope_head_dim + mla.rope_head_dim)
         v_width = heads * mla.value_head_dim
         latent = np.full(self.size, float(mla.kv_rank))
@@ -321,7 +327,7 @@ class _Work:
             (heads * (mla.nope_head_dim + mla.value_head_dim), latent),
             (hidden, v_width),
         ]
-        return products, q_width, v_width
+        return products, q_width
 
     def _core(self, heads: FloatArray, kv_heads: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
         """Attention's core: products forward and backward, and the scores' traffic where they are written out."""
@@ -374,10 +380,24 @@ class _Work:
 
     def dense_ffn(self) -> _Half:
         model = self.model
-        return self._ffn(model.ffn_hidden / self.tensor, None)
+        return self._ffn(model.ffn_hidden / self.tensor)
 
-    def _ffn(self, width: FloatArray, rows: FloatArray | None) -> _Half:
-        """A dense feed-forward network of `width` on this device."""
+    def _ffn(self, width: FloatArray) -> _Half:
+        """Half a layer with a dense feed-forward network of `width` on this device."""
+        inside = self._dense(width)
+        norm_forward, norm_backward, norm_kernels = self.norms(1 + (self.model.norm_placement == "sandwich"))
+        tensor_forward, tensor_backward = self.tensor_times()
+        count = self.software.kernels_per_layer
+        return _Half(
+            inside.forward + self.of(count / 2 - _DENSE_KERNELS, memory=norm_forward, tensor=tensor_forward),
+            inside.backward + self.of(count - 2 * _DENSE_KERNELS, memory=norm_backward, tensor=tensor_backward),
+            inside.selective,
+            inside.projections + self.of(norm_kernels, memory=norm_forward),
+            inside.weight_gradient,
+        )
+
+    def _dense(self, width: FloatArray) -> _Half:
+        """The products and the activation of a dense feed-forward network, without its norm and its exchanges."""
         model, tokens = self.model, self.tokens
         hidden = np.full(self.size, float(model.hidden))
         inner = width * (2 if model.gated_mlp else 1)
@@ -387,20 +407,19 @@ class _Work:
         e = self.activation_bytes
         gate = self.stream(tokens * (inner + width) * e, 1.0)
         gate_backward = self.stream(tokens * (2 * inner + width) * e, 1.0)
-        norm_forward, norm_backward, norm_kernels = self.norms(1 + (model.norm_placement == "sandwich"))
-        tensor_forward, tensor_backward = self.tensor_times()
         casts = self.precision_casts(tokens * (hidden + width))
         gradient_casts = self.precision_casts(tokens * (hidden + inner))
-        count = self.software.kernels_per_layer
-        forward = self.of(count / 2, matmul=up + down, memory=norm_forward + gate + casts, tensor=tensor_forward)
-        backward = self.of(
-            count,
-            matmul=data_gradient + weight_gradient,
-            memory=norm_backward + gate_backward + gradient_casts + self.accumulation(hidden * (inner + width)),
-            tensor=tensor_backward,
+        return _Half(
+            self.of(_DENSE_KERNELS, matmul=up + down, memory=gate + casts),
+            self.of(
+                2 * _DENSE_KERNELS,
+                matmul=data_gradient + weight_gradient,
+                memory=gate_backward + gradient_casts + self.accumulation(hidden * (inner + width)),
+            ),
+            self.of(0),
+            self.of(2, matmul=up, memory=gate),
+            weight_gradient,
         )
-        projections = self.of(norm_kernels + 2, matmul=up, memory=norm_forward + gate)
-        return _Half(forward, backward, self.of(0), projections, weight_gradient)
 
     def expert_ffn(self) -> _Half:
         """Router, dispatch, experts, combine; shared experts as a dense network beside them."""
@@ -433,11 +452,10 @@ class _Work:
         gate_backward = self.stream(rows * (2 * inner + width) * e, 1.0)
         casts = self.precision_casts(rows * (hidden + width))
         gradient_casts = self.precision_casts(rows * (hidden + inner))
-        norm_forward, norm_backward, norm_kernels = self.norms(1 + (model.norm_placement == "sandwich"))
+        norm_forward, norm_backward, _ = self.norms(1 + (model.norm_placement == "sandwich"))
         # Each way, each rank sends the rows of its own tokens; with tensor parallelism inside experts its group has
         # gathered them first and reduces them afterwards.
         sent = tokens / shapes.expert_tensor * moe.top_k * factor * model.hidden * e
-        sent = np.where(shapes.sequence_parallel | (shapes.expert_tensor > 1), sent, sent * 1.0)
         dispatch = self.fabric.all_to_all(sent, shapes.expert, shapes.expert_tensor)
         expert_exchange = 2.0 * dispatch * (1.0 - self.software.expert_overlap)
         gathered = rows * model.hidden * e
@@ -474,32 +492,15 @@ class _Work:
         half = _Half(forward, backward, self.of(0), projections, weight_gradient)
         if not moe.shared_experts:
             return half
-        shared = self._shared(moe.shared_experts * moe.expert_hidden / self.tensor)
+        # Shared experts: a dense network beside the routed ones, under their norm, with exchanges of its own.
+        shared = self._dense(moe.shared_experts * moe.expert_hidden / self.tensor)
+        tensor_forward, tensor_backward = self.tensor_times()
         return _Half(
-            half.forward + shared.forward,
-            half.backward + shared.backward,
+            half.forward + shared.forward + self.of(0, tensor=tensor_forward),
+            half.backward + shared.backward + self.of(0, tensor=tensor_backward),
             half.selective,
             half.projections + shared.projections,
             half.weight_gradient + shared.weight_gradient,
-        )
-
-    def _shared(self, width: FloatArray) -> _Half:
-        """Shared experts: a dense network whose norm, residual sum and exchange are the routed experts' own."""
-        model, tokens = self.model, self.tokens
-        hidden = np.full(self.size, float(model.hidden))
-        inner = width * (2 if model.gated_mlp else 1)
-        up, down = self.product(tokens, inner, hidden), self.product(tokens, hidden, width)
-        data_gradient = self.product(tokens, hidden, inner) + self.product(tokens, width, hidden)
-        weight_gradient = self.product(inner, hidden, tokens) + self.product(hidden, width, tokens)
-        e = self.activation_bytes
-        gate = self.stream(tokens * (inner + width) * e, 1.0)
-        tensor_forward, tensor_backward = self.tensor_times()
-        return _Half(
-            self.of(4, matmul=up + down, memory=gate, tensor=tensor_forward),
-            self.of(8, matmul=data_gradient + weight_gradient, memory=1.5 * gate, tensor=tensor_backward),
-            self.of(0),
-            self.of(2, matmul=up, memory=gate),
-            weight_gradient,
         )
 
     # --- whole layers, and what stands before and behind them ---------------------------------------------------------
@@ -534,8 +535,8 @@ class _Work:
         vocab = np.full(self.size, float(model.vocab)) / self.tensor
         hidden = np.full(self.size, float(model.hidden))
         logits = tokens * vocab
-        # Fused: logits are read twice and their gradient written once. Unfused, in fp32 (the vocabulary-parallel loss of
-        # Shoeybi et al. 2019): cast, maximum, difference, exponential, sum, quotient; backward copy, scale, cast.
+        # Fused: logits are read twice and their gradient written once. Unfused, in fp32 (the vocabulary-parallel loss
+        # of Shoeybi et al. 2019): cast, maximum, difference, exponential, sum, quotient; backward copy, scale, cast.
         fused = self.software.cross_entropy == "fused"
         forward_bytes, backward_bytes = (8.0, 6.0) if fused else (46.0, 30.0)
         forward, backward = self.empty(), self.empty()
