@@ -80,7 +80,7 @@ def test_what_does_not_go_together_is_said_in_a_sentence() -> None:
     shown = page.answer(page.Choices(degrees={"tensor": 8, "pipeline": 64, "context": 4}, gpus=1024))
     assert "tensor 8 x pipeline 64 x context 4 = 2048" in shown.headline
     shown = page.answer(page.Choices(degrees={"tensor": 8, "pipeline": 1, "context": 1}, gpus=24, global_batch=64))
-    assert "No layout of these degrees divides 24 GPUs and 64 sequences" in shown.headline
+    assert "No layout of these degrees divides 24 GPUs and a global batch of 64" in shown.headline
 
 
 def test_more_gpus_never_make_the_run_longer_along_the_slider() -> None:

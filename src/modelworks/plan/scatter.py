@@ -93,7 +93,7 @@ def _by_source(results: Sequence[RunResult]) -> dict[str, list[RunResult]]:
 def _drawing(results: Sequence[RunResult], image: bool) -> str:
     kept = _predicted(results)
     both = [time for result in kept for time in (result.measured_s, result.predicted_s) if time]
-    ends = axis_over("", both)
+    ends = axis_over("", both, least_room=1.5)
     low, high = ends.low, ends.high
     series = []
     for source, runs in _by_source(kept).items():

@@ -175,8 +175,8 @@ def _said(found: Quick, best: Candidate) -> str:
 def _refusal(choices: Choices, found: Quick) -> Answer:
     if found.leanest is None:
         text = (
-            f"No layout of these degrees divides {choices.gpus:,} GPUs and {choices.global_batch:,} sequences: set a "
-            "degree to best, or take another number of GPUs or a larger batch."
+            f"No layout of these degrees divides {choices.gpus:,} GPUs and a global batch of {choices.global_batch:,}: "
+            "set a degree to best, or take another number of GPUs or a larger batch."
         )
         return Answer(f'<p class="notice">{escaped(text)}</p>', found=found)
     leanest, capacity = found.leanest, found.device.memory_bytes
@@ -327,8 +327,8 @@ class PlanPage:
     def _draw(self, shown: Answer) -> None:
         self._found = shown.found
         self._headline.set_content(shown.headline)
+        self._said.set_content(shown.said)
         for place, content in (
-            (self._said, shown.said),
             (self._waterfall, shown.waterfall),
             (self._memory, shown.memory),
             (self._layouts, shown.layouts),
