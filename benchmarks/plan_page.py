@@ -42,7 +42,9 @@ _TIMED = """
         seen.disconnect();
         requestAnimationFrame(() => resolve(performance.now() - begun));
       });
-      seen.observe(document.querySelector(".plan .answer"), { childList: true, subtree: true, characterData: true });
+      for (const place of document.querySelectorAll(".plan-headline, .plan .answer")) {
+        seen.observe(place, { childList: true, subtree: true, characterData: true });
+      }
       setTimeout(() => resolve(null), 4000);
     }, { once: true, capture: true });
   });
@@ -74,17 +76,18 @@ def changes() -> Iterator[Any]:
                 yield replace(begun, degrees={name: value})
 
 
-def in_process() -> list[float]:
-    """Seconds for each change."""
+def in_process() -> tuple[list[float], list[float]]:
+    """Seconds for each change: as a clock shows, and of the processor, which a busy machine doesn't stretch as much."""
     from modelworks.web.plan import Choices, answer
 
     answer(Choices())
-    times = []
+    wall, processor = [], []
     for choices in changes():
-        begun = time.perf_counter()
+        begun, used = time.perf_counter(), time.process_time()
         answer(choices)
-        times.append(time.perf_counter() - begun)
-    return times
+        wall.append(time.perf_counter() - begun)
+        processor.append(time.process_time() - used)
+    return wall, processor
 
 
 def in_browser() -> list[float]:
@@ -117,7 +120,7 @@ def in_browser() -> list[float]:
             browser.close()
         finally:
             server.terminate()
-            server.wait(30)
+            server.wait(120)
     return times
 
 
@@ -155,7 +158,8 @@ def main() -> None:
     parser.add_argument("--no-browser", action="store_true")
     parser.add_argument("--no-full", action="store_true", help="don't run the full searches")
     options = parser.parse_args()
-    found: dict[str, Any] = {"process": summary(in_process())}
+    wall, processor = in_process()
+    found: dict[str, Any] = {"process": summary(wall), "processor": summary(processor)}
     if not options.no_browser:
         found["browser"] = summary(in_browser())
     if not options.no_full:
@@ -163,11 +167,15 @@ def main() -> None:
     if options.json:
         print(json.dumps(found, indent=1))
         return
-    for place in ("process", "browser"):
+    for place, name in (
+        ("process", "in the process"),
+        ("processor", "of the processor"),
+        ("browser", "in the browser"),
+    ):
         if place in found:
             said = found[place]
             print(
-                f"in the {place}: {said['changes']} changes, median {said['median_ms']:.0f} ms, 90 % within "
+                f"{name}: {said['changes']} changes, median {said['median_ms']:.0f} ms, 90 % within "
                 f"{said['p90_ms']:.0f} ms, most {said['most_ms']:.0f} ms, {said['below_200_ms']:.1%} below 200 ms"
             )
     if "step_over_full_search" in found:

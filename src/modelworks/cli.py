@@ -92,6 +92,9 @@ def _plan(
     emit: Annotated[
         str | None, typer.Option(help="Print the layout for megatron, torchtitan, nemo, maxtext or modelworks.")
     ] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write one page with charts, to keep or to send.")
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Find the best layout of a run on a cluster, and what it takes: time, memory, MFU, energy, money; and why.
@@ -100,17 +103,19 @@ def _plan(
     """
     from modelworks import plan_command
 
+    if html is not None and (budget or power or by or emit):
+        raise InputError(f"--html {html} is not accepted here: it goes with a plan or with --compare")
     if budget or power or by:
         plan_command.print_budget(budget, power, by, cluster, as_json, console)
         return
     if compare:
-        plan_command.print_comparison(compare, overrides or [], search, as_json, console)
+        plan_command.print_comparison(compare, overrides or [], search, html, as_json, console)
         return
     run = plan_command.run_of(
         file, overrides or [], model=model, cluster=cluster, gpus=gpus, tokens=tokens, seq_len=seq_len,
         global_batch=global_batch, software=software,
     )  # fmt: skip
-    plan_command.print_plan(run, search, top, emit, as_json, console)
+    plan_command.print_plan(run, search, top, emit, html, as_json, console)
 
 
 @app.command("simulate")

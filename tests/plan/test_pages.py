@@ -12,13 +12,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console, RenderableType
+from typer.testing import CliRunner
 
+from modelworks.cli import app
 from modelworks.plan import report
-from modelworks.plan.page import comparison_html, memory_markup, plan_html, waterfall_markup
+from modelworks.plan.page import (
+    comparison_html,
+    memory_markup,
+    plan_html,
+    waterfall_markup,
+    write_comparison,
+    write_plan,
+)
 from modelworks.plan.planner import LOSSES, Loss, Plan, plan
 from modelworks.plan.scatter import scatter_html
 from modelworks.plan.waterfall import MEANINGS, MEMORY_NAMES, largest_first
 from modelworks.plan.words import duration, gib, layout_name, money, percent, seconds
+from modelworks.spec.errors import InputError, OperationError
 from modelworks.spec.files import run_from
 
 from .markup import Balanced
@@ -210,6 +220,40 @@ def test_a_name_from_a_file_is_text_on_every_page(staged: Plan) -> None:
         assert attack in Text(page).said
     assert "[bold]" in printed(report.page(hostile))
     assert "[bold]" in printed(report.comparison([hostile, staged]), 200)
+
+
+def test_a_page_is_written_whole_or_not_at_all(staged: Plan, tmp_path: Path) -> None:
+    write_plan(staged, tmp_path / "plan.html")
+    write_comparison([staged, staged], tmp_path / "both.html")
+    assert (tmp_path / "plan.html").read_text(encoding="utf-8") == plan_html(staged)
+    with pytest.raises(OperationError, match="can't be written: Is a directory"):
+        write_plan(staged, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["both.html", "plan.html"]
+
+
+RUN = """
+name = "{name}"
+model = "smollm2-135m"
+train = {{ tokens = 1_000_000_000, seq_len = 2048, global_batch = 64 }}
+cluster = {{ preset = "h100-superpod", gpus = {gpus} }}
+"""
+
+
+def test_the_command_writes_the_page_and_names_the_file(tmp_path: Path) -> None:
+    files = [tmp_path / "a.toml", tmp_path / "b.toml"]
+    for file, gpus in zip(files, (8, 16), strict=True):
+        file.write_text(RUN.format(name=f"on-{gpus}", gpus=gpus), encoding="utf-8")
+    one, both = tmp_path / "one.html", tmp_path / "both.html"
+    shown = CliRunner().invoke(app, ["plan", str(files[0]), "--html", str(one)])
+    assert shown.exit_code == 0, shown.output
+    assert str(one) in shown.output.replace("\n", "")
+    assert "on-8: smollm2-135m on 8 × h100-sxm" in Text(one.read_text(encoding="utf-8")).said
+    shown = CliRunner().invoke(app, ["plan", "--compare", *map(str, files), "--html", str(both)])
+    assert shown.exit_code == 0, shown.output
+    assert "achieved: MFU" in shown.output
+    assert "on-8 · on-16" in Text(both.read_text(encoding="utf-8")).said
+    refused = CliRunner().invoke(app, ["plan", "--budget", "1e6", "--html", str(one)])
+    assert isinstance(refused.exception, InputError)
 
 
 def test_memory_beyond_the_device_is_said_and_marked(staged: Plan) -> None:

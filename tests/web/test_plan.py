@@ -60,7 +60,7 @@ def test_whatever_is_chosen_is_answered_with_a_layout_or_with_the_reason_why_the
 ) -> None:
     shown = page.answer(chosen)
     if shown.found is None or shown.found.best is None:
-        assert 'class="notice"' in shown.said
+        assert 'class="notice"' in shown.headline
         assert shown.waterfall == ""
         return
     best = shown.found.best
@@ -75,12 +75,12 @@ def test_whatever_is_chosen_is_answered_with_a_layout_or_with_the_reason_why_the
 
 def test_what_does_not_go_together_is_said_in_a_sentence() -> None:
     shown = page.answer(page.Choices(gpus=8, model="llama-3.1-405b"))
-    assert "doesn&#x27;t fit 8 h100-sxm" in shown.said
+    assert "doesn&#x27;t fit 8 h100-sxm" in shown.headline
     assert "GiB too much" in shown.memory
     shown = page.answer(page.Choices(degrees={"tensor": 8, "pipeline": 64, "context": 4}, gpus=1024))
-    assert "tensor 8 x pipeline 64 x context 4 = 2048" in shown.said
+    assert "tensor 8 x pipeline 64 x context 4 = 2048" in shown.headline
     shown = page.answer(page.Choices(degrees={"tensor": 8, "pipeline": 1, "context": 1}, gpus=24, global_batch=64))
-    assert "No layout of these degrees divides 24 GPUs and 64 sequences" in shown.said
+    assert "No layout of these degrees divides 24 GPUs and a global batch of 64" in shown.headline
 
 
 def test_more_gpus_never_make_the_run_longer_along_the_slider() -> None:

@@ -93,12 +93,14 @@ class Rule:
     dashed: bool = True
 
 
-def axis_over(title: str, values: Sequence[float], say: Callable[[float], str] = "{:g}".format) -> Axis:
-    """A logarithmic axis that has room for all the values, which are positive."""
+def axis_over(
+    title: str, values: Sequence[float], say: Callable[[float], str] = "{:g}".format, least_room: float = 1.06
+) -> Axis:
+    """A logarithmic axis over all the values, which are positive, and beyond them by a factor of `least_room` or more."""
     if not values:
         return Axis(title, 1.0, 10.0, say)
     low, high = min(values), max(values)
-    room = max(1.06, (high / low) ** 0.05)
+    room = max(least_room, (high / low) ** 0.05)
     return Axis(title, low / room, high * room, say)
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.resources import files
+from pathlib import Path
 
 from modelworks.plan.chart import escaped
+from modelworks.spec.errors import OperationError
 
 Cell = str | tuple[str, float]
 """Markup, or a text and the number that it is sorted by."""
@@ -35,6 +37,24 @@ def style() -> str:
 def script() -> str:
     """The script of plans, for this page and for the web app's."""
     return (files("modelworks.plan") / "static" / "plan.js").read_text(encoding="utf-8")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that it is there whole or not at all.
+
+    Raises
+    ------
+    OperationError
+        If it can't be written.
+    """
+    partial = path.with_name(f".{path.name}.part")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise OperationError(f"{path} can't be written: {error.strerror or error}") from None
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Cell]], keys: Sequence[str] = ()) -> str:

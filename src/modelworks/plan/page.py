@@ -8,10 +8,11 @@ mark or a row shows another. Every name is escaped where it is put into markup.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from modelworks.plan import planner
 from modelworks.plan.chart import COLOURS, Point, Series, axis_over, escaped, marker_colour, scatter
-from modelworks.plan.document import Cell, document, table
+from modelworks.plan.document import Cell, document, table, write_whole
 from modelworks.plan.planner import LOSSES, Candidate, Loss, Plan, waterfall
 from modelworks.plan.report import facts
 from modelworks.plan.waterfall import MEANINGS, MEMORY_NAMES, largest_first
@@ -104,6 +105,16 @@ def comparison_html(plans: Sequence[Plan]) -> str:
         _panel("Points of MFU lost to", table(("Reason", *(plan.name for plan in plans)), rows)),
     ]
     return document(names, "".join(body))
+
+
+def write_plan(plan: Plan, path: Path) -> None:
+    """Write a plan's page to a file; see `document.write_whole`."""
+    write_whole(path, plan_html(plan))
+
+
+def write_comparison(plans: Sequence[Plan], path: Path) -> None:
+    """Write the page of plans side by side to a file; see `document.write_whole`."""
+    write_whole(path, comparison_html(plans))
 
 
 def answer_sentence(plan: Plan) -> str:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from modelworks.plan.accuracy import RunResult, summary
 from modelworks.plan.chart import Axis, Point, Rule, Series, axis_over, escaped, marker_colour, scatter
-from modelworks.plan.document import document, table
+from modelworks.plan.document import document, table, write_whole
 from modelworks.plan.words import percent, round_seconds, seconds
-from modelworks.spec.errors import InputError, OperationError
+from modelworks.spec.errors import InputError
 
 _HEAD = ("Run", "Source", "GPU", "Measured", "Predicted", "Error")
 _BAND = 1.10
@@ -34,18 +34,6 @@ def write_scatter(results: Sequence[RunResult], path: Path) -> None:
     if path.suffix not in makers:
         raise InputError(f"--plot {path} is not accepted: a file that ends in .svg or .html is")
     write_whole(path, makers[path.suffix](results))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all."""
-    partial = path.with_name(f".{path.name}.part")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise OperationError(f"{path} can't be written: {error.strerror or error}") from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def scatter_svg(results: Sequence[RunResult]) -> str:
@@ -105,7 +93,7 @@ def _by_source(results: Sequence[RunResult]) -> dict[str, list[RunResult]]:
 def _drawing(results: Sequence[RunResult], image: bool) -> str:
     kept = _predicted(results)
     both = [time for result in kept for time in (result.measured_s, result.predicted_s) if time]
-    ends = axis_over("", both)
+    ends = axis_over("", both, least_room=1.5)
     low, high = ends.low, ends.high
     series = []
     for source, runs in _by_source(kept).items():

@@ -110,7 +110,8 @@ class Choices:
 class Answer:
     """Markup of what is shown, by place."""
 
-    said: str
+    headline: str
+    said: str = ""
     waterfall: str = ""
     memory: str = ""
     layouts: str = ""
@@ -130,7 +131,8 @@ def answer(choices: Choices) -> Answer:
     front, beaten = sizes(found)
     model, seq_len = found.run.model, choices.seq_len
     return Answer(
-        said=_said(choices, found, best),
+        headline=_headline(choices, found, best),
+        said=_said(found, best),
         waterfall=markup.waterfall_markup(waterfall(model, seq_len, best), best.mfu),
         memory=markup.memory_markup(best, found.device.memory_bytes),
         layouts=markup.layouts_table(_next_best(found)),
@@ -139,15 +141,22 @@ def answer(choices: Choices) -> Answer:
     )
 
 
-def _said(choices: Choices, found: Quick, best: Candidate) -> str:
+def _headline(choices: Choices, found: Quick, best: Candidate) -> str:
     devices = int(found.distinct.layouts.devices[0])
     whole, cost = found.seconds(best.step_time_s), found.cost(devices, best.step_time_s)
     spent = f" and costs {money(cost.rent_usd)} to rent" if cost.rent_usd is not None else ""
-    first = (
+    text = (
         f"Training {choices.model} on {count(choices.tokens)} tokens takes {duration(whole)}{spent}, on {devices:,} "
         f"{found.device.name}."
     )
-    idle = f" {choices.gpus - devices:,} devices stay idle." if devices < choices.gpus else ""
+    if devices < choices.gpus:
+        text += f" {choices.gpus - devices:,} stay idle."
+    return f'<p class="headline">{escaped(text)}</p>'
+
+
+def _said(found: Quick, best: Candidate) -> str:
+    devices = int(found.distinct.layouts.devices[0])
+    cost = found.cost(devices, best.step_time_s)
     full = " The memory is nearly full." if best.memory_bytes > 0.95 * found.device.memory_bytes else ""
     figures = [
         (seconds(best.step_time_s), "a step"),
@@ -158,7 +167,6 @@ def _said(choices: Choices, found: Quick, best: Candidate) -> str:
         (f"{cost.power_w / 1e6:,.3g} MW", "power while it runs"),
     ]
     return (
-        f'<p class="headline">{escaped(first)}{escaped(idle)}</p>'
         f'<p class="lead"><b>{escaped(layout_name(best.layout))}</b>. {escaped(layout_sentence(best.layout))} '
         f"In {escaped(layout_details(best.layout))}.{full}</p>{markup.figures(figures)}"
     )
@@ -167,8 +175,8 @@ def _said(choices: Choices, found: Quick, best: Candidate) -> str:
 def _refusal(choices: Choices, found: Quick) -> Answer:
     if found.leanest is None:
         text = (
-            f"No layout of these degrees divides {choices.gpus:,} GPUs and {choices.global_batch:,} sequences: set a "
-            "degree to best, or take another number of GPUs or a larger batch."
+            f"No layout of these degrees divides {choices.gpus:,} GPUs and a global batch of {choices.global_batch:,}: "
+            "set a degree to best, or take another number of GPUs or a larger batch."
         )
         return Answer(f'<p class="notice">{escaped(text)}</p>', found=found)
     leanest, capacity = found.leanest, found.device.memory_bytes
@@ -202,6 +210,7 @@ class PlanPage:
         self._asked, self._answered, self._busy = 1, 0, False
         self._found: Quick | None = None
         with ui.element("div").classes("sheet plan wide"):
+            self._headline = _place("plan-headline")
             with ui.element("section").classes("panel answer"):
                 self._said = _place("")
                 with ui.element("div").classes("row-line"):
@@ -317,6 +326,7 @@ class PlanPage:
 
     def _draw(self, shown: Answer) -> None:
         self._found = shown.found
+        self._headline.set_content(shown.headline)
         self._said.set_content(shown.said)
         for place, content in (
             (self._waterfall, shown.waterfall),
