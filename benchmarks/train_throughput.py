@@ -201,7 +201,8 @@ def multiplies_bfloat16() -> bool:
 
     from modelworks.model.precision import matmul_s
 
-    return matmul_s(torch.bfloat16) <= SLOW * matmul_s(torch.float32)
+    fp32_s, bf16_s = matmul_s((torch.float32, torch.bfloat16))
+    return bf16_s <= SLOW * fp32_s
 
 
 def work(candidate: Candidate | None, precision: str) -> None:
