@@ -70,11 +70,16 @@ def test_a_run_learns_and_leaves_what_others_read(make_spec: MakeSpec) -> None:
     assert record.spec() == make_spec()
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(make_spec: MakeSpec, optimizer: str) -> None:
-    whole = make_spec("whole", optimizer=optimizer)
+@pytest.mark.parametrize(
+    ("optimizer", "compiled"),
+    [("adamw", False), ("muon", False), pytest.param("muon", True, marks=pytest.mark.slow)],
+)
+def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
+    make_spec: MakeSpec, optimizer: str, compiled: bool
+) -> None:
+    whole = make_spec("whole", optimizer=optimizer, compile=compiled)
     _train(whole)
-    parts = make_spec("parts", optimizer=optimizer)
+    parts = make_spec("parts", optimizer=optimizer, compile=compiled)
     _train(parts)
     # As a crash after step 30 leaves it: the metrics run on, the checkpoint of step 40 was never committed.
     folder = RunRecord("parts").folder

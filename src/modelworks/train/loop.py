@@ -250,7 +250,8 @@ class Trainer:
         def cross_entropy(sequences: Tensor) -> float:
             return float(self._losses(sequences).cross_entropy)
 
-        self.validation_bpb = self.validation.bits_per_byte(cross_entropy)
+        with torch.compiler.set_stance("force_eager"):  # its last batch has a shape of its own
+            self.validation_bpb = self.validation.bits_per_byte(cross_entropy)
         self._add_elapsed(time.perf_counter() - begun)
         return self.validation_bpb
 
@@ -365,7 +366,8 @@ class Trainer:
         return resolve("bf16" if self.ranks.of_first(float(mine.name == "bf16")) else "fp32")
 
     def _compile(self) -> None:
-        if wanted(self.train_spec.compile, torch.device("cpu")):
+        spec, flop = self.train_spec, self._flop_per_token * self.train_spec.steps * self.train_spec.tokens_per_step
+        if wanted(spec.compile, torch.device("cpu"), flop, spec.max_time):
             self.session.report(message="compiling the network")
             self.view.show(self.session.status)
             probe = self.data.sequences("train", 0, self.micro_batch, self.train_spec.seq_len, self.train_spec.seed)
