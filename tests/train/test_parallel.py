@@ -25,6 +25,7 @@ from modelworks.spec.files import run_from
 from modelworks.spec.run import RunSpec
 from modelworks.train.layout import layout
 from modelworks.train.loop import Trainer
+from modelworks.train.parallelize import Parallel
 from modelworks.train.ranks import Ranks
 from modelworks.train.session import MemberSession, open_run
 from modelworks.train.view import NoView
@@ -193,6 +194,41 @@ def test_a_layout_of_four_processes_trains_like_one(
     network: str, optimizer: str, processes: int, fields: dict[str, int], text_folder: Path, folder: Path
 ) -> None:
     check_layout(network, optimizer, processes, fields, text_folder, folder)
+
+
+@pytest.mark.parametrize(
+    ("processes", "fields"),
+    [(1, {}), (2, {"zero_stage": 3}), (2, {"zero_stage": 1, "expert": 2}), (2, {"tensor": 2, "expert_tensor": 2})],
+)
+def test_recomputed_activations_change_nothing(
+    processes: int, fields: dict[str, int], text_folder: Path, folder: Path
+) -> None:
+    spec = make("mixture", "adamw", text_folder, processes, recompute="full", **fields)
+    for found in run(spec, folder):
+        assert_alike(found, oracle("mixture", "adamw", text_folder, folder))
+
+
+def bytes_kept(decoder: Decoder) -> int:
+    """What the forward pass keeps for the backward pass."""
+    sizes: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        sizes[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        decoder(torch.zeros(4, 32, dtype=torch.long), torch.zeros(4, 32, dtype=torch.long))
+    return sum(sizes.values())
+
+
+def test_recomputed_activations_are_not_kept(text_folder: Path, folder: Path) -> None:
+    kept = {}
+    for kind in ("none", "full"):
+        spec = make("dense", "adamw", text_folder, 1, recompute=kind)
+        decoder = Decoder(spec.model)
+        Parallel(layout(spec, 1), Ranks()).apply(decoder, recompute=kind == "full")
+        kept[kind] = bytes_kept(decoder)
+    assert kept["full"] < kept["none"] / 2
 
 
 def train_on(ranks: Ranks, folder: Path, spec: RunSpec, resume: bool, steps: int) -> list[float]:

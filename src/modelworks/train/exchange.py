@@ -98,8 +98,8 @@ def _gathered(part: Tensor, dim: int, group: ProcessGroup) -> Tensor:
 
 
 def _summed_part(whole: Tensor, dim: int, group: ProcessGroup) -> Tensor:
-    parts = whole.unflatten(dim, (group.size(), -1)).movedim(dim, 0).contiguous()
-    part = parts.new_empty(parts.shape[1:])
+    parts = torch.stack(whole.chunk(group.size(), dim))
+    part: Tensor = parts.new_empty(parts.shape[1:])
     dist.reduce_scatter_single(part.view(-1), parts.view(-1), group=group)
     return part
 

@@ -107,9 +107,9 @@ def refuse_unsupported(spec: RunSpec, processes: int) -> None:
     degrees = layout(spec, processes)
     if degrees.pipeline != 1:
         raise InputError(f"parallel.pipeline = {degrees.pipeline} is not accepted: train has no pipeline yet: 1 is")
-    if spec.parallel.recompute != "none":
+    if spec.parallel.recompute == "selective":
         raise InputError(
-            f"parallel.recompute = {spec.parallel.recompute!r} is not accepted: train keeps activations: none"
+            "parallel.recompute = 'selective' is not accepted: attention's scores are never kept; none or full is"
         )
 
 
@@ -137,7 +137,7 @@ class Trainer:
         torch.manual_seed(self.train_spec.seed)
         self.decoder = Decoder(self.spec.model)
         self.decoder.initialize(self.train_spec.seed)
-        self.parallel.apply(self.decoder)
+        self.parallel.apply(self.decoder, recompute=self.spec.parallel.recompute == "full")
         self.optimizers = Optimizers(self.decoder, self.train_spec, self.precision.dtype, self.parallel.whole)
         self.last_checkpoint = self._resume() if session.resume else None
         self.log = self._open_log()

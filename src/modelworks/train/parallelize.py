@@ -28,6 +28,7 @@ from modelworks.model.decoder import Decoder
 from modelworks.model.experts import MixtureOfExperts
 from modelworks.train.layout import Layout
 from modelworks.train.ranks import Ranks
+from modelworks.train.recompute import recompute_blocks
 from modelworks.train.split_network import Groups, split, split_dimension
 
 
@@ -103,14 +104,21 @@ class Parallel:
             experts_in_tensor=in_tensor,
         )
 
-    def apply(self, decoder: Decoder) -> None:
-        """Split a network over the processes, in place. Every process must hold the same weights."""
+    def apply(self, decoder: Decoder, recompute: bool = False) -> None:
+        """Split a network over the processes, in place. Every process must hold the same weights.
+
+        With `recompute` its blocks keep nothing but their inputs.
+        """
         if self.layout.processes == 1:
+            if recompute:
+                recompute_blocks(decoder)
             return
         shapes = {name: parameter.shape for name, parameter in decoder.named_parameters()}
         one = self.layout
         if one.tensor * one.context * one.expert > 1:
             split(decoder, self._groups)
+        if recompute:
+            recompute_blocks(decoder)
         self._shard(decoder)
         for name, parameter in decoder.named_parameters():
             self._places[name] = self._place(name, parameter, shapes[name])
@@ -134,7 +142,7 @@ class Parallel:
             if apart and hasattr(block, "moe"):
                 # Experts are on fewer data ranks than the rest. Their router, which is small, stays whole beside them.
                 moe = cast(MixtureOfExperts, block.moe)
-                router = moe.router.weight
+                router = cast(nn.Parameter, moe.router.weight)
                 among = self._data_mesh(self._expert_mesh)
                 fully_shard(moe, mesh=among, reshard_after_forward=not until_backward, ignored_params={router})
                 # FSDP takes the mean over the ranks that hold the same experts; the loss is the mean over all.
@@ -197,7 +205,7 @@ class Parallel:
         for group, gradients in by_group.items():
             together = torch.cat([gradient.flatten() * factor for gradient, factor in gradients])
             dist.all_reduce(together, group=group)
-            parts = together.split([gradient.numel() for gradient, _ in gradients])
+            parts = torch.split(together, [gradient.numel() for gradient, _ in gradients])
             for (gradient, _), total in zip(gradients, parts, strict=True):
                 gradient.copy_(total.view_as(gradient))
 

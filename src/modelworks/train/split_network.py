@@ -10,9 +10,9 @@ Korthikanti et al. 2022, arXiv:2205.05198). And what each process computes backw
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from modelworks.model.attention import rotary_tables
-from modelworks.model.decoder import Decoder, Losses
+from modelworks.model.decoder import Block, Decoder, Losses
 from modelworks.model.experts import (
     MixtureOfExperts,
     RouterReport,
@@ -78,10 +78,10 @@ def split(decoder: Decoder, groups: Groups) -> None:
         if part.shape != parameter.shape:
             owner, _, kind = name.rpartition(".")
             setattr(decoder.get_submodule(owner), kind, nn.Parameter(part.clone()))
-    for block in decoder.blocks:
+    for block in cast(Iterable[Block], decoder.blocks):
         _between_collectives(block.attn, block.attn.wo, groups.tensor)
         if hasattr(block, "moe"):
-            block.moe.forward = _Mixture(block.moe, groups)
+            block.moe.forward = _Mixture(block.moe, groups)  # type: ignore[method-assign]
         else:
             _between_collectives(block.mlp, block.mlp.down, groups.tensor)
     decoder.forward = _Forward(decoder, groups)  # type: ignore[method-assign, assignment]
@@ -195,8 +195,9 @@ class _Mixture:
                 logits, every_choice = gather(logits, 0, group), gather(every_choice, 0, group)
             report = router_report(logits, logits.softmax(-1), every_choice)
         # Every tensor rank computes the same two losses, and the gradients of all are added.
-        losses = (scale_gradient(loss, 1.0 / groups.tensor.size()) for loss in report[:2])
-        return gates, choice, RouterReport(*losses, report.load)
+        share = 1.0 / groups.tensor.size()
+        load_balance, router_z = scale_gradient(report.load_balance, share), scale_gradient(report.router_z, share)
+        return gates, choice, RouterReport(load_balance, router_z, report.load)
 
     def _elsewhere(
         self, gates: Tensor, pairs: SortedPairs, tokens: Tensor, gate: Tensor, up: Tensor, down: Tensor
@@ -251,7 +252,7 @@ class _SplitCrossEntropy(torch.autograd.Function):
             exponentials = logits.sub_(largest).exp_()
             summed = torch.cat((exponentials.sum(1, keepdim=True), of_targets), dim=1)
             dist.all_reduce(summed, group=group)
-            sums, of_targets = summed.split(1, dim=1)
+            sums, of_targets = summed.chunk(2, dim=1)
             total += ((sums.log() + largest - of_targets) * counts[part]).sum()
             scale = counts[part] * (multiplier / counted)
             to_logits = exponentials.mul_(scale / sums).scatter_add_(1, ids, -scale * mine)
