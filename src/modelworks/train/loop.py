@@ -105,14 +105,12 @@ def refuse_unsupported(spec: RunSpec, processes: int) -> None:
             "for each"
         )
     degrees = layout(spec, processes)
-    for field in ("tensor", "pipeline", "context", "expert", "expert_tensor"):
-        if (degree := getattr(degrees, field)) != 1:
-            raise InputError(
-                f"parallel.{field} = {degree} is not accepted: train splits over data alone, which takes 1"
-            )
-    if spec.parallel.recompute not in ("none", "auto"):
+    if degrees.pipeline != 1:
+        raise InputError(f"parallel.pipeline = {degrees.pipeline} is not accepted: train has no pipeline yet: 1 is")
+    if spec.parallel.recompute in ("selective", "projections"):
         raise InputError(
-            f"parallel.recompute = {spec.parallel.recompute!r} is not accepted: train keeps activations: none"
+            f"parallel.recompute = {spec.parallel.recompute!r} is not accepted: attention's scores are never kept; "
+            "none or full is"
         )
 
 
@@ -140,8 +138,8 @@ class Trainer:
         torch.manual_seed(self.train_spec.seed)
         self.decoder = Decoder(self.spec.model)
         self.decoder.initialize(self.train_spec.seed)
-        self.parallel.apply(self.decoder)
-        self.optimizers = Optimizers(self.decoder, self.train_spec, self.precision.dtype)
+        self.parallel.apply(self.decoder, recompute=self.spec.parallel.recompute == "full")
+        self.optimizers = Optimizers(self.decoder, self.train_spec, self.precision.dtype, self.parallel.whole)
         self.last_checkpoint = self._resume() if session.resume else None
         self.log = self._open_log()
         self._peak_flops = peak_flops(self.precision.name, self.ranks.world)
@@ -187,7 +185,8 @@ class Trainer:
         begin, count = self.parallel.share(spec.global_batch)
         sequences = self.data.sequences("train", self.step * spec.global_batch + begin, count, spec.seq_len, spec.seed)
         total, cross_entropy, load_balance, router_z, loads = self._gradients(torch.from_numpy(sequences))
-        norm = self.parallel.clip(self.decoder.parameters(), spec.clip or math.inf)
+        self.parallel.finish_gradients()
+        norm = self.parallel.clip(self.decoder, spec.clip or math.inf)
         if not math.isfinite(total) or not math.isfinite(norm):
             raise OperationError(
                 f"the loss is {total} and the gradient's norm {norm} at step {self.step + 1}; the last checkpoint is "
@@ -310,7 +309,9 @@ class Trainer:
         return self.ranks.of_first(time.monotonic() - self._saved_at) >= spec.every
 
     def _tensors(self) -> dict[str, Tensor]:
-        state = {f"model.{name}": tensor for name, tensor in self.decoder.state_dict().items()}
+        state = {
+            f"model.{name}": self.parallel.whole(name, tensor) for name, tensor in self.decoder.state_dict().items()
+        }
         state |= {f"optimizer.{name}": tensor for name, tensor in self.optimizers.state().items()}
         return state | {"random.torch": torch.get_rng_state()}
 
