@@ -96,8 +96,8 @@ def main() -> None:
     print(f"{options.replicas:,} replicas, processor seconds on one core (target for the first: {TARGET_S:g} s)")
     for row in rows:
         print(
-            f"  {row['gpus']:>7,} GPUs, {row['days']:>3} days: {row['seconds']:6.2f} s, {row['failures'] / 1e6:5.2f} M failures, "
-            f"{row['us_per_failure']:5.2f} us each, ETTR {row['ettr']:.4f}"
+            f"  {row['gpus']:>7,} GPUs, {row['days']:>3} days: {row['seconds']:6.2f} s, "
+            f"{row['failures'] / 1e6:5.2f} M failures, {row['us_per_failure']:5.2f} us each, ETTR {row['ettr']:.4f}"
         )
     print(f"  SimPy for the first: {simpy_s:,.0f} s (from {options.simpy} replicas, ETTR {simpy_ettr:.4f})")
     print(f"  ratio: {found['ratio']:,.0f}x")

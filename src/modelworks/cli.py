@@ -124,7 +124,7 @@ def _simulate(
     cluster: Annotated[str | None, typer.Option(help="A cluster instead of a run: a catalog name or a file.")] = None,
     gpus: Annotated[int | None, typer.Option(help="GPUs of the cluster.")] = None,
     days: Annotated[float | None, typer.Option(help="How long; until the tokens are done without it.")] = None,
-    model: Annotated[str | None, typer.Option(help="The model, with --cluster.")] = None,
+    model: Annotated[str | None, typer.Option(help="The model, with --cluster; else one that suits its size.")] = None,
     samples: Annotated[int | None, typer.Option(help="Replicas: the spec's 1000, or 200 in a sweep.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same result.")] = None,
     step_time: Annotated[str | None, typer.Option(help="Of one step, such as 5.2s, instead of the plan's.")] = None,

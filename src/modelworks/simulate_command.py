@@ -15,14 +15,14 @@ from modelworks.simulate.answers import Answer, answer
 from modelworks.simulate.comparison import Comparison, compare
 from modelworks.simulate.montecarlo import first_stream
 from modelworks.spec.errors import InputError, OperationError
-from modelworks.spec.files import load_run, run_from
+from modelworks.spec.files import apply_overrides, load_run, run_from
 from modelworks.spec.home import write_atomically
 from modelworks.spec.run import RunSpec
 
 Result = TypeVar("Result")
 Tell = Callable[[float], None]
-CLUSTER_MODEL = "llama-3.1-405b"
-"""Whose state is saved where only a cluster is given."""
+CLUSTER_MODELS = ((2048, "llama-3.1-405b"), (128, "llama-3.1-70b"), (8, "llama-3.1-8b"), (1, "smollm2-135m"))
+"""Whose state is saved where only a cluster is given: (from so many GPUs on, this model)."""
 _ENDLESS_TOKENS = 10**18
 _DEFAULT_DAYS = 100.0
 _TORNADO_SAMPLES = 50
@@ -79,16 +79,17 @@ def run_of(options: Options, further: list[str] | None = None) -> RunSpec:
 
 
 def _of_cluster(cluster: str, model: str | None, overrides: list[str]) -> RunSpec:
-    """A run without end on a cluster: a large model, a usual batch."""
-    from modelworks.spec.files import apply_overrides
-
+    """A run without end on a cluster: a model of a size that suits it, a usual batch."""
     values: dict[str, Any] = {
         "name": Path(cluster).stem,
-        "model": model or CLUSTER_MODEL,
+        "model": model,
         "cluster": {"preset": cluster},
-        "train": {"tokens": _ENDLESS_TOKENS, "seq_len": 8192, "global_batch": 2048},
+        "train": {"tokens": _ENDLESS_TOKENS, "seq_len": 2048, "global_batch": 8192},
         "simulate": {"days": _DEFAULT_DAYS},
     }
+    if model is None:
+        gpus = run_from(apply_overrides(values | {"model": "grok-1"}, overrides), where="--cluster").cluster.gpus
+        values["model"] = next(name for least, name in CLUSTER_MODELS if gpus >= least)
     return run_from(apply_overrides(values, overrides), where="--cluster", folder=Path())
 
 

@@ -46,6 +46,7 @@ def test_a_run_with_tokens_says_when_they_are_done() -> None:
     assert 46 < days["p50"] < 60
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.toml")), ids=lambda path: path.stem)
 def test_an_example_can_be_simulated(example: Path) -> None:
     done = simulate(example, "--samples", "2", "--set", "simulate.samples=2", "--json")
@@ -106,6 +107,14 @@ def test_two_runs_are_compared() -> None:
     assert len(found["machines"]) == 2
     assert found["first"] in {row["name"] for row in found["machines"]}
     assert len(found["dates"]) == len(found["machines"][0]["tokens_over_time"])
+
+
+@pytest.mark.parametrize("gpus", ["1", "8", "64", "1016"])
+def test_a_small_cluster_gets_a_model_that_suits_it(gpus: str) -> None:
+    cluster = "h100-superpod" if gpus != "1" else "local"
+    done = simulate("--cluster", cluster, "--gpus", gpus, "--days", "3", "--samples", "3", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["ettr"]["mean"] > 0.9
 
 
 @pytest.mark.parametrize(

@@ -55,8 +55,8 @@ class Answer:
 
     @property
     def lost_s(self) -> Floats:
-        """(R,) Time that doesn't count."""
-        return self.outcome.elapsed_s - self.outcome.useful_s
+        """(R,) Time that doesn't count, of as much of the machine as was there."""
+        return self.outcome.there_s - self.outcome.useful_s
 
     def gpu_hours(self, seconds: float) -> float:
         """So much time of all the job's GPUs."""
@@ -162,7 +162,7 @@ class Answer:
             },
             "days_to_finish": self.days_to_finish,
             "finished": float(out.finished.mean()),
-            "gpu_hours": self.gpu_hours(float(out.elapsed_s.mean())),
+            "gpu_hours": self.gpu_hours(float(out.there_s.mean())),
             "step_time_s": s.work.step_time_s,
             "mfu": s.work.mfu,
             "tokens_per_day": s.work.tokens_per_s * float(out.ettr.mean()) * DAY_S,
