@@ -15,25 +15,27 @@ from modelworks.spec.fields import Fraction, PositiveFloat, Section
 from modelworks.spec.hardware import Precision
 
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Passes = Annotated[list[NonNegativeFloat], Field(min_length=2, max_length=2)]
+"""Of a forward and of a backward pass."""
 
 
 class OperatorTraffic(Section):
     """Bytes that operators which nothing fuses read and write together, for each element, forward and backward."""
 
-    norm: tuple[NonNegativeFloat, NonNegativeFloat]
+    norm: Passes
     """Of a normalisation's input."""
-    residual: tuple[NonNegativeFloat, NonNegativeFloat]
+    residual: Passes
     """Of half a layer's input: the residual sum; backward the sums of gradients of what was used more than once."""
-    rotary: tuple[NonNegativeFloat, NonNegativeFloat]
+    rotary: Passes
     """Of queries and keys."""
-    gate: tuple[NonNegativeFloat, NonNegativeFloat]
+    gate: Passes
     """Of a dense feed-forward network's width: the activation and its product."""
-    routed_row: tuple[NonNegativeFloat, NonNegativeFloat]
+    routed_row: Passes
     """Of the rows sent to experts: sorting them and bringing them back."""
-    routed_gate: tuple[NonNegativeFloat, NonNegativeFloat]
+    routed_gate: Passes
     """Of the experts' width."""
-    logits: tuple[NonNegativeFloat, NonNegativeFloat]
-    weight: tuple[NonNegativeFloat, NonNegativeFloat] = (0.0, 0.0)
+    logits: Passes
+    weight: Passes = [0.0, 0.0]
     """Of matrices that are cast at each use, and their gradients."""
 
 
