@@ -97,7 +97,12 @@ class Shape:
             "model": model,
             "data": {"source": "stdlib", "max_bytes": 4_000_000},
             "train": train,
-            "parallel": {"data": self.processes, "tensor": 1, "pipeline": 1, "context": 1, "zero_stage": self.zero_stage},
+            "parallel": {
+                "data": self.processes,
+                **dict.fromkeys(("tensor", "pipeline", "context", "expert", "expert_tensor"), 1),
+                "zero_stage": self.zero_stage,
+                "recompute": "none",
+            },
             "cluster": {
                 "preset": "local",
                 "gpus": self.processes,
