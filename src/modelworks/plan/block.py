@@ -69,9 +69,11 @@ class Pass:
     def __add__(self, other: Pass) -> Pass:
         return Pass(self.times + other.times, self.launches + other.launches)
 
-    def settled(self, launch_s: float, skew_s: FloatArray | float = 0.0) -> FloatArray:
-        """Times with the host's: where launching takes longer than the kernels, the device waits for the rest."""
-        waiting = np.maximum(0.0, self.launches * launch_s + skew_s - self.times.sum(axis=0))
+    def settled(self, launch_s: float, skew_s: FloatArray | float = 0.0, host_is_device: bool = False) -> FloatArray:
+        """Times with the host's: where launching takes longer than the kernels, the device waits for the rest; a
+        processor that is its own host does one after the other."""
+        host = self.launches * launch_s + skew_s
+        waiting = host if host_is_device else np.maximum(0.0, host - self.times.sum(axis=0))
         times = self.times.copy()
         times[_LAUNCH] += waiting
         return times
@@ -243,6 +245,10 @@ class _Work:
         residual sum reads two and writes one (with dropout also a mask), and its gradient is the same tensor again.
         """
         rows = self.tokens * self.model.hidden / self.sharded
+        if self.software.operator_traffic:
+            norm, sums = self.traffic("norm"), self.traffic("residual")
+            passes = [self.stream(rows * (norm[i] * count + sums[i])) for i in (0, 1)]
+            return passes[0], passes[1], count + 1
         e = self.activation_bytes
         residual = 3 * e + (1 if self.software.dropout else 0)
         forward = rows * (2 * e * count + residual)
@@ -257,6 +263,22 @@ class _Work:
         if "unfused" not in (self.software.gradient_accumulation, kind):
             return np.zeros(self.size)
         return self.stream(weights * (2 + 2 * self.software.gradient_bytes), 2.0)
+
+    def traffic(self, operators: str) -> tuple[FloatArray, FloatArray]:
+        """Bytes per element of operators that the software counts itself, forward and backward."""
+        counted = self.software.operator_traffic
+        forward, backward = np.zeros(self.size), np.zeros(self.size)
+        for code in np.unique(self.shapes.precision):
+            of_precision = counted.get(PRECISIONS[code], counted.get("fp32"))  # type: ignore[call-overload]
+            each = getattr(of_precision, operators) if of_precision is not None else (0.0, 0.0)
+            here = self.shapes.precision == code
+            forward, backward = np.where(here, each[0], forward), np.where(here, each[1], backward)
+        return forward, backward
+
+    def operators(self, operators: str, elements: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Seconds of such operators, forward and backward; none where the software doesn't count them."""
+        forward, backward = self.traffic(operators)
+        return self.stream(elements * forward), self.stream(elements * backward)
 
     def precision_casts(self, elements: FloatArray) -> FloatArray:
         """Casting and transposing what fp8 products read: two bytes in, one out, and that once more."""
@@ -285,10 +307,13 @@ class _Work:
         if self.software.elementwise == "unfused":
             # Queries, keys and values are split and laid out by head, the result is laid out by token again.
             shuffled = rotary + tokens * 2 * e * (2 * q_width + 2 * kv_heads * model.head_dim)
-        layout = self.stream(shuffled + 1.0, 3.0)
+        layout = layout_backward = self.stream(shuffled + 1.0, 3.0)
+        if self.software.operator_traffic:
+            layout, layout_backward = self.operators("rotary", tokens * (q_width + kv_heads * model.head_dim))
+        cast_forward, cast_backward = self.operators("weight", weights)
         tensor_forward, tensor_backward = self.tensor_times()
-        casts = self.precision_casts(tokens * (model.hidden + q_width))
-        gradient_casts = self.precision_casts(tokens * sum(n for n, _ in products))
+        casts = self.precision_casts(tokens * (model.hidden + q_width)) + cast_forward
+        gradient_casts = self.precision_casts(tokens * sum(n for n, _ in products)) + cast_backward
         count = self.software.kernels_per_layer
         core = self.of(2, attention=core_forward, memory=scores_forward)
         forward = core + self.of(
@@ -299,7 +324,7 @@ class _Work:
             count,
             matmul=data_gradient + weight_gradient,
             attention=core_backward,
-            memory=norm_backward + layout + gradient_casts + scores_backward + self.accumulation(weights),
+            memory=norm_backward + layout_backward + gradient_casts + scores_backward + self.accumulation(weights),
             tensor=tensor_backward,
             context=2.0 * context,
         )
@@ -340,14 +365,19 @@ class _Work:
         if self.software.attention != "unfused":
             seq = np.full(self.size, float(seq_len))
             dim = np.full(self.size, (key_dim + value_dim) / 2)
-            whole = self.by_precision(
-                lambda p: self.kernels.attention(batch, seq, seq, heads, kv_heads, dim, True, p), False
-            )
+            ratio, capped = self.calibration.attention_backward, model.attention_softcap is not None
+            passes = [
+                self.by_precision(
+                    lambda p, i=i: self.kernels.attention_passes(batch, seq, heads, kv_heads, dim, p, ratio, capped)[i],
+                    False,
+                )
+                for i in (0, 1)
+            ]
             slowdown = self.setting.device.flash_2_slowdown if self.software.attention == "flash-2" else 1.0
             # A window leaves that share of the causal half, which fused kernels skip by blocks.
             window = model.attended(seq_len) / (seq_len / 2)
-            forward = whole * slowdown * window / context
-            return forward, forward * self.calibration.attention_backward, zero, zero
+            forward, backward = (whole * slowdown * window / context for whole in passes)
+            return forward, backward, zero, zero
         scores = batch * heads * seq_len * (seq_len / context)
         rows = np.full(self.size, float(seq_len))
         # A batched product, one for each head: a product of as many rows as all heads have, with a head's depth.
@@ -409,8 +439,11 @@ class _Work:
         e = self.activation_bytes
         gate = self.stream(tokens * (inner + width) * e, 1.0)
         gate_backward = self.stream(tokens * (2 * inner + width) * e, 1.0)
-        casts = self.precision_casts(tokens * (hidden + width))
-        gradient_casts = self.precision_casts(tokens * (hidden + inner))
+        if self.software.operator_traffic:
+            gate, gate_backward = self.operators("gate", tokens * width)
+        cast_forward, cast_backward = self.operators("weight", hidden * (inner + width))
+        casts = self.precision_casts(tokens * (hidden + width)) + cast_forward
+        gradient_casts = self.precision_casts(tokens * (hidden + inner)) + cast_backward
         return _Half(
             self.of(_DENSE_KERNELS, matmul=up + down, memory=gate + casts),
             self.of(
@@ -449,11 +482,15 @@ class _Work:
         )
         routed = self.tokens / self.sharded
         router = self.product(routed, np.full(self.size, float(moe.experts)), hidden, False)
-        shuffled = self.stream(rows * model.hidden * 2 * e * 2, 2.0)
+        shuffled = shuffled_backward = self.stream(rows * model.hidden * 2 * e * 2, 2.0)
         gate = self.stream(rows * (inner + width) * e, 1.0)
         gate_backward = self.stream(rows * (2 * inner + width) * e, 1.0)
-        casts = self.precision_casts(rows * (hidden + width))
-        gradient_casts = self.precision_casts(rows * (hidden + inner))
+        if self.software.operator_traffic:
+            shuffled, shuffled_backward = self.operators("routed_row", rows * model.hidden)
+            gate, gate_backward = self.operators("routed_gate", rows * width)
+        cast_forward, cast_backward = self.operators("weight", local_experts * hidden * (inner + width))
+        casts = self.precision_casts(rows * (hidden + width)) + cast_forward
+        gradient_casts = self.precision_casts(rows * (hidden + inner)) + cast_backward
         norm_forward, norm_backward, _ = self.norms(1 + (model.norm_placement == "sandwich"))
         # Each way, each rank sends the rows of its own tokens; with tensor parallelism inside experts its group has
         # gathered them first and reduces them afterwards.
@@ -467,7 +504,7 @@ class _Work:
         host = self.software.expert_host_s * np.where(eight, 2.0, 1.0)
         launches = self.software.kernels_per_layer / 2 + 24
         if self.software.experts == "sequential":
-            launches = launches + 4 * float(np.max(local_experts, initial=0.0))
+            launches = launches + self.software.kernels_per_expert * float(np.max(local_experts, initial=0.0))
         forward = self.of(
             launches,
             matmul=up + down + router,
@@ -480,7 +517,7 @@ class _Work:
             2 * launches,
             matmul=data_gradient + weight_gradient + 2 * router,
             memory=norm_backward
-            + shuffled
+            + shuffled_backward
             + gate_backward
             + gradient_casts
             + self.accumulation(local_experts * hidden * (inner + width), self.software.expert_gradient_accumulation),
@@ -508,18 +545,18 @@ class _Work:
     # --- whole layers, and what stands before and behind them ---------------------------------------------------------
 
     def layer(self, attention: _Half, ffn: _Half) -> LayerTimes:
-        launch = self.software.launch_s
+        launch, own = self.software.launch_s, self.kernels.host_is_device
         # Hosts that launch as fast as they can meet at each exchange of the tensor-parallel ranks, two a pass.
         skew = np.where(2 * self.tensor > self.fabric.node_devices, 2.0 * self.software.socket_skew_s, 0.0)
         forward, backward = attention.forward + ffn.forward, attention.backward + ffn.backward
         selective = attention.selective + ffn.selective
         projections = attention.projections + ffn.projections
-        plain = backward.settled(launch, skew)
+        plain = backward.settled(launch, skew, own)
         recompute = [np.zeros_like(plain)]
         for again, exchanges in ((selective, 0.0), (projections, 0.0), (forward, skew)):
-            recompute.append((backward + again).settled(launch, skew + exchanges) - plain)
+            recompute.append((backward + again).settled(launch, skew + exchanges, own) - plain)
         return LayerTimes(
-            forward.settled(launch, skew), plain, tuple(recompute), attention.weight_gradient + ffn.weight_gradient
+            forward.settled(launch, skew, own), plain, tuple(recompute), attention.weight_gradient + ffn.weight_gradient
         )
 
     def embedding(self) -> FloatArray:
@@ -545,7 +582,10 @@ class _Work:
         forward[_MATMUL] = self.product(tokens, vocab, hidden, False)
         backward[_MATMUL] = self.product(tokens, hidden, vocab, False) + self.product(vocab, hidden, tokens, False)
         forward[_MEMORY] = self.stream(logits * forward_bytes, 3.0)
-        backward[_MEMORY] = self.stream(logits * backward_bytes, 3.0) + self.accumulation(vocab * hidden)
+        backward[_MEMORY] = self.stream(logits * backward_bytes, 3.0)
+        if self.software.operator_traffic:
+            forward[_MEMORY], backward[_MEMORY] = self.operators("logits", logits)
+        backward[_MEMORY] += self.accumulation(vocab * hidden)
         size = tokens * model.hidden * self.activation_bytes
         gathered = self.fabric.all_gather(size, self.tensor, self.one)
         forward[_TENSOR] = np.where(self.shapes.sequence_parallel, gathered, 0.0)

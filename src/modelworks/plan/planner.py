@@ -18,6 +18,7 @@ from modelworks.plan.collectives import fabric
 from modelworks.plan.cost import Cost, run_cost
 from modelworks.plan.kernels import kernels_for
 from modelworks.plan.layout import PRECISIONS, RECOMPUTE, SCHEDULES, Layouts
+from modelworks.plan.local import measured_on, with_overheads
 from modelworks.plan.memory import MEMORY, stages_memory
 from modelworks.plan.pipeline import deal_layers
 from modelworks.plan.search import GROUP, Found, Space, pareto, search
@@ -96,7 +97,11 @@ def setting_for(
 ) -> Setting:
     """What steps of a model on a cluster are evaluated on."""
     calibration = calibration or calibration_spec()
-    kernels = kernels_for(device)
+    if device.kind == "cpu":
+        kernels = measured_on(device, cluster.gpus)
+        software = with_overheads(software, device, cluster.gpus)
+    else:
+        kernels = kernels_for(device)
     network = fabric(cluster, kernels, calibration)
     return Setting(model, seq_len, device, kernels, network, software, calibration, optimizer)
 
