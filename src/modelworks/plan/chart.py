@@ -96,7 +96,7 @@ class Rule:
 def axis_over(
     title: str, values: Sequence[float], say: Callable[[float], str] = "{:g}".format, least_room: float = 1.06
 ) -> Axis:
-    """A logarithmic axis over all the values, which are positive, and beyond them by a factor of `least_room` or more."""
+    """A logarithmic axis over all the values, which are positive, and by `least_room` or more beyond them."""
     if not values:
         return Axis(title, 1.0, 10.0, say)
     low, high = min(values), max(values)
