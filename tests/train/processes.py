@@ -22,7 +22,7 @@ _CONTEXT.set_forkserver_preload(
 _members: list[tuple[Any, Any]] = []
 
 
-def together(count: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 120.0) -> list[Any]:
+def together(count: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 300.0) -> list[Any]:
     """What `function(ranks, *arguments)` returns in each of `count` processes.
 
     Function, arguments and results must be picklable. A process that raises, or one that is late, fails the test.

@@ -45,13 +45,9 @@ class MixtureOfExperts(nn.Module):
         """Send each token of (B, T, H) through its experts; returns the same shape, and the router's report."""
         tokens = x.flatten(0, 1)  # (N, H)
         gates, choice, report = self.route(tokens)
-        order, inverse, counts = sort_by_expert(choice, len(self.gate))
+        pairs = sort_by_expert(choice, len(self.gate))
         tokens, gate, up, down = map(to_compute_dtype, (tokens, self.gate, self.up, self.down))
-        rows = permute(tokens.repeat_interleave(self.top_k, 0), order, inverse)  # (N * K, H)
-        gated, lifted = grouped_linear(rows, gate, counts), grouped_linear(rows, up, counts)  # (N * K, F)
-        lowered = lower(gated, lifted, down, counts, self.activation)  # (N * K, H)
-        chosen = permute(lowered, inverse, order).view(*choice.shape, -1)  # (N, K, H)
-        return (gates.unsqueeze(-1) * chosen).sum(1).to(tokens.dtype).view_as(x), report
+        return grouped_experts(gates, pairs, tokens, gate, up, down, self.activation).view_as(x), report
 
     def route(self, tokens: Tensor) -> tuple[Tensor, Tensor, RouterReport]:
         """The gates (N, K) and experts (N, K) of each token of (N, H), and the router's report.
@@ -104,6 +100,37 @@ def sort_by_expert(choice: Tensor, experts: int) -> SortedPairs:
 def _counts(choice: Tensor, experts: int) -> Tensor:
     """How many of a choice (N, K) each expert has (E)."""
     return (choice.flatten().unsqueeze(1) == torch.arange(experts, device=choice.device)).sum(0)
+
+
+def grouped_experts(
+    gates: Tensor, pairs: SortedPairs, tokens: Tensor, gate: Tensor, up: Tensor, down: Tensor, activation: str
+) -> Tensor:
+    """Run the experts on sorted pairs: `y[n] = sum_k gates[n, k] * down(act(gate(x[n])) * up(x[n]))` of expert (n, k).
+
+    Parameters
+    ----------
+    gates
+        (N, K), what each token's experts are weighted with.
+    pairs
+        `sort_by_expert` of the choice (N, K).
+    tokens
+        (N, H)
+    gate, up, down
+        The experts' matrices (E, F, H), (E, F, H) and (E, H, F), of the tokens' dtype.
+    activation
+        `silu` or `gelu` (the tanh approximation).
+
+    Returns
+    -------
+    Tensor
+        (N, H)
+    """
+    order, inverse, counts = pairs
+    rows = permute(tokens.repeat_interleave(gates.shape[1], 0), order, inverse)  # (N * K, H)
+    gated, lifted = grouped_linear(rows, gate, counts), grouped_linear(rows, up, counts)  # (N * K, F)
+    lowered = lower(gated, lifted, down, counts, activation)  # (N * K, H)
+    chosen = permute(lowered, inverse, order).view(*gates.shape, -1)  # (N, K, H)
+    return (gates.unsqueeze(-1) * chosen).sum(1).to(tokens.dtype)
 
 
 def permute(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:

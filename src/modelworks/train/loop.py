@@ -107,6 +107,11 @@ def refuse_unsupported(spec: RunSpec, processes: int) -> None:
     degrees = layout(spec, processes)
     if degrees.pipeline != 1:
         raise InputError(f"parallel.pipeline = {degrees.pipeline} is not accepted: train has no pipeline yet: 1 is")
+    if spec.train.compile is True and processes > 1:
+        # Compiled blocks between collectives are known to have given wrong gradients without a word.
+        raise InputError(
+            f"train.compile = true is not accepted on {processes} processes ({degrees.describe()}): auto is"
+        )
     if spec.parallel.recompute in ("selective", "projections"):
         raise InputError(
             f"parallel.recompute = {spec.parallel.recompute!r} is not accepted: attention's scores are never kept; "
