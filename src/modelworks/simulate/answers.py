@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -260,8 +260,7 @@ def best_interval_s(resolved: Scenario, seed: int) -> float | None:
     low, high = max(middle / 6.0, shortest), min(middle * 6.0, 4.0 * mttf_s)
     if high <= low:
         return low
-    horizon_s = min(resolved.horizon_s, _SEARCH_FAILURES * mttf_s)
-    trial = replace(resolved, horizon_s=horizon_s, target_s=math.inf)
+    trial = resolved.steady(_SEARCH_FAILURES)
     stream = draw(trial, _SEARCH_REPLICAS, np.random.SeedSequence([seed, 1]))
     intervals = np.geomspace(low, high, _SEARCH_POINTS)
     ratios = np.array([follow(trial.with_interval(float(each)), stream).ettr.mean() for each in intervals])

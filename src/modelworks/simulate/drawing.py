@@ -101,14 +101,14 @@ def timeline(spans: Sequence[tuple[float, float, str, str]], total: float, rows:
     colours = {"running": COLOURS[0], "down": COLOURS[3], "planned": COLOURS[1]}
     per_row = total / rows
     parts = [
-        f'<text x="44" y="{row * 34 + 20}" text-anchor="end" class="quiet">day {row * per_row:.0f}</text>'
+        f'<text x="56" y="{row * 34 + 20}" text-anchor="end" class="quiet">day {row * per_row:.0f}</text>'
         for row in range(rows)
     ]
     for begin, end, kind, note in spans:
         while begin < end:
             row = min(rows - 1, int(begin / per_row))
             stop = min(end, (row + 1) * per_row) if row < rows - 1 else end
-            x, wide = 50 + 890 * (begin - row * per_row) / per_row, 890 * (stop - begin) / per_row
+            x, wide = 64 + 880 * (begin - row * per_row) / per_row, 880 * (stop - begin) / per_row
             tip = f"<title>{html.escape(note)}</title>" if note else ""
             parts.append(
                 f'<rect x="{x:.2f}" y="{row * 34 + 4}" width="{max(wide, 0.8):.2f}" height="24" fill="{colours[kind]}">'

@@ -39,6 +39,8 @@ def page(
 ) -> str:
     """The page; `history` is the replica whose time is drawn."""
     s, run, out = found.scenario, found.scenario.run, found.outcome
+    end_s = float(history.outcome.elapsed_s[0])
+    last_week = [happening for happening in history.happenings if happening.time_s > end_s - 7 * DAY_S]
     parts = [
         f"<h1>{html.escape(run.name)}</h1>",
         f'<p class="quiet">{run.cluster.gpus:,} x {html.escape(run.cluster.device)}, {html.escape(run.model.name)}, '
@@ -51,13 +53,13 @@ def page(
         "<h2>Effective training time over all samples</h2>",
         drawing.histogram([100.0 * float(value) for value in out.ettr], unit=" %"),
         f"<h2>One replica's time, every failure and recovery ({len(history.happenings):,} events)</h2>",
-        drawing.timeline(spans(history), float(history.outcome.elapsed_s[0]) / DAY_S),
+        drawing.timeline(spans(history), end_s / DAY_S),
         '<p class="quiet">green: it runs; red: it is down after a failure; brown: it is planned. '
         "Point at a mark to see what happened.</p>",
         f"<h2>What matters most (ETTR {tornado[0]:.2%})</h2>",
         drawing.bars([_tornado_row(bar, tornado[0]) for bar in tornado[1]]),
-        "<h2>The machine from above; racks where this replica failed are red</h2>",
-        picture(s.machine, struck_racks(s.machine, history.happenings)),
+        "<h2>The machine from above; racks where this replica failed in its last week are red</h2>",
+        picture(s.machine, struck_racks(s.machine, last_week)),
         "<h2>Power in three steps and a failure</h2>",
         _power(found),
         "<h2>What it is made of and costs</h2>",

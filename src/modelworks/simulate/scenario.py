@@ -105,6 +105,12 @@ class Scenario:
             "elastic": column(lambda c: c.facts.scope in {"node", "rack", "leaf"}, bool),
         }
 
+    def steady(self, failures: float) -> Scenario:
+        """The finished machine on an endless run, until so many failures are expected; for questions of practice."""
+        built = Capacity(np.zeros(1), self.capacity.nodes[-1:])
+        horizon_s = min(self.horizon_s, failures * self.mttf_s)
+        return replace(self, capacity=built, horizon_s=horizon_s, target_s=math.inf)
+
     def with_interval(self, every_s: float) -> Scenario:
         """The same with other time between checkpoints; between those in memory where there are such."""
         if self.checkpoints.fast:

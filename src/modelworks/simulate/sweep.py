@@ -7,7 +7,6 @@ knob at a time, half and double, and ranks the knobs by what that does to the ET
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,6 +23,7 @@ from modelworks.spec.run import RunSpec
 
 POINTS = 9
 MOST_POINTS = 400
+_FAILURES = 250
 _QUANTITIES: tuple[TypeAdapter[Any], ...] = tuple(TypeAdapter(kind) for kind in (Duration, Bytes, ByteRate, Count))
 
 
@@ -115,9 +115,8 @@ class Bar:
 def tornado(
     resolved: Scenario, samples: int, seed: int, progress: Callable[[float], None] | None = None
 ) -> tuple[float, list[Bar]]:
-    """The ETTR as it is, and each knob's effect on it, the largest first."""
-    failures = 250 * resolved.mttf_s
-    trial = replace(resolved, horizon_s=min(resolved.horizon_s, failures), target_s=math.inf)
+    """The finished machine's ETTR, and each knob's effect on it, the largest first."""
+    trial = resolved.steady(_FAILURES)
     middle = float(simulate(trial, samples, seed).ettr.mean())
     bars = []
     for number, (name, turned) in enumerate(_KNOBS.items()):
