@@ -185,7 +185,7 @@ def measure(shape: Shape, steps: int) -> float:
         if done.returncode:
             raise SystemExit(f"{shape.name}: train ended with code {done.returncode}: {done.stderr[-800:]}")
         lines = (home / "runs" / "planned" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return statistics.median(json.loads(line)["step_time_s"] for line in lines[1:])
+    return statistics.median(float(json.loads(line)["step_time_s"]) for line in lines[1:])
 
 
 def calibration_gflops() -> float:

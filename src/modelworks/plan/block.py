@@ -277,8 +277,13 @@ class _Work:
 
     def operators(self, operators: str, elements: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Seconds of such operators, forward and backward; none where the software doesn't count them."""
-        forward, backward = self.traffic(operators)
-        return self.stream(elements * forward), self.stream(elements * backward)
+        if not self.software.operator_traffic:
+            return np.zeros(self.size), np.zeros(self.size)
+        forward, backward = (elements * each for each in self.traffic(operators))
+        return (
+            np.where(forward > 0.0, self.stream(forward), 0.0),
+            np.where(backward > 0.0, self.stream(backward), 0.0),
+        )
 
     def precision_casts(self, elements: FloatArray) -> FloatArray:
         """Casting and transposing what fp8 products read: two bytes in, one out, and that once more."""

@@ -74,7 +74,7 @@ class LocalKernels(Kernels):
         self, groups: ArrayLike, m: ArrayLike, n: ArrayLike, k: ArrayLike, precision: ProductPrecision
     ) -> Seconds:
         """As `Kernels.grouped_gemm`: one product after another."""
-        return cast(Seconds, np.asarray(groups, dtype=np.float64) * self.gemm(m, n, k, precision))
+        return np.asarray(groups, dtype=np.float64) * self.gemm(m, n, k, precision)
 
     def attention_passes(
         self,
@@ -92,7 +92,7 @@ class LocalKernels(Kernels):
             forward, backward = super().attention_passes(
                 batch, seq, heads, kv_heads, head_dim, precision, backward_ratio, softcap
             )
-            return cast(Seconds, forward * self._share()), cast(Seconds, backward * self._share())
+            return forward * self._share(), backward * self._share()
         length = np.asarray(seq, dtype=np.float64)
         rate = self._by_threads(measured, lambda rates: rates.at(length))
         work = np.asarray(batch, dtype=np.float64) * np.asarray(heads) * np.asarray(head_dim) * length**2
@@ -103,9 +103,9 @@ class LocalKernels(Kernels):
     def memory_bound(self, bytes_moved: ArrayLike) -> Seconds:
         """As `Kernels.memory_bound`, at the measured rate of element-wise operators."""
         if self.stream_bytes is None:
-            return cast(Seconds, super().memory_bound(bytes_moved) * self._share())
+            return super().memory_bound(bytes_moved) * self._share()
         rate = self.stream_bytes * self.threads
-        return cast(Seconds, np.asarray(bytes_moved, dtype=np.float64) / rate * self.slowdown)
+        return np.asarray(bytes_moved, dtype=np.float64) / rate * self.slowdown
 
     def collective(self, kind: CollectiveKind, bytes_: ArrayLike, ranks: ArrayLike) -> Seconds:
         """As `Kernels.collective`, from measured exchanges.

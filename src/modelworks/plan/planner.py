@@ -607,8 +607,11 @@ def _notes(run: RunSpec, setting: Setting, devices: int, best: Candidate) -> tup
             f"{run.cluster.gpus - devices:,} of {run.cluster.gpus:,} devices stay idle: no layout of all of them is "
             "faster with this batch"
         )
-    if setting.device.name == "local" and setting.device.kind == "cpu" and not hardware_file().is_file():
-        notes.append("this machine has not been measured: modelworks bench does it")
+    if setting.device.name == "local" and setting.device.kind == "cpu":
+        if hardware_file().is_file():
+            notes.append(f"measured by {catalog.entry('hardware', str(hardware_file())).provenance.source}")
+        else:
+            notes.append("this machine has not been measured: modelworks bench does it")
     if best.memory_bytes > 0.95 * setting.device.memory_bytes:
         notes.append("the memory is filled to more than 95 %: expect the allocator to struggle")
     return tuple(notes)

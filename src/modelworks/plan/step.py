@@ -284,6 +284,11 @@ def _exchanges(
     gathered = messages * (
         gathered + np.where(experts > 0, fabric.all_gather(experts * weight_bytes, expert_replicas, expert_stride), 0.0)
     )
+    if software.exchange_copies:
+        # Several processes alone fill and empty buffers.
+        copied = np.where(replicas > 1, messages * software.exchange_copies * (plain + experts), 0.0)
+        reduced = reduced + setting.kernels.memory_bound(copied * gradient_bytes)
+        gathered = gathered + setting.kernels.memory_bound(copied * weight_bytes)
     gathered = np.where(c.zero_stage == 0, 0.0, gathered)
     tied = np.zeros(len(c))
     # Tied embeddings stand in the first and the last stage, and their gradients are summed over both.

@@ -82,6 +82,8 @@ class SoftwareSpec(Section):
     """Whether gradients are reduced (and sharded parameters gathered) while the backward (forward) pass computes."""
     data_messages: Literal["whole", "layer"] = "whole"
     """Whether replicas exchange so much at once that latency doesn't count, or each layer by itself."""
+    exchange_copies: NonNegativeFloat = 0.0
+    """Memory traffic of the buffers that replicas fill before an exchange and empty behind it, over its bytes."""
     pipeline_overlap: bool = True
     """Whether activations travel between stages while the next micro batch computes."""
     expert_overlap: Fraction = 0.0
