@@ -53,7 +53,7 @@ class Setting:
 
     def sustained(self, precision: str) -> float:
         """The share of a short measurement's rate that matrix products keep up."""
-        known = self.calibration.sustained.get(self.device.name, {})
+        known = self.calibration.sustained.get("local" if self.device.kind == "cpu" else self.device.name, {})
         precision = "bf16" if precision == "fp16" else precision
         default = self.calibration.sustained_default
         return known.get(precision, default.get(precision, default["bf16"]))

@@ -607,7 +607,7 @@ def _notes(run: RunSpec, setting: Setting, devices: int, best: Candidate) -> tup
             f"{run.cluster.gpus - devices:,} of {run.cluster.gpus:,} devices stay idle: no layout of all of them is "
             "faster with this batch"
         )
-    if setting.device.name == "local" and setting.device.kind == "cpu":
+    if run.cluster.device == "local" and setting.device.kind == "cpu":
         if hardware_file().is_file():
             notes.append(f"measured by {catalog.entry('hardware', str(hardware_file())).provenance.source}")
         else:
