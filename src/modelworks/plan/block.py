@@ -205,7 +205,7 @@ class _Work:
         """Each shape's time in its precision; in bf16 instead of what is narrower where `low` is false."""
         out = np.zeros(self.size)
         for code in np.unique(self.shapes.precision):
-            name = PRECISIONS[code] if low or PRECISIONS[code] not in ("fp8", "fp4") else "bf16"
+            name: Precision = PRECISIONS[code] if low or PRECISIONS[code] not in ("fp8", "fp4") else "bf16"
             out = np.where(self.shapes.precision == code, timed(name), out)
         return out
 

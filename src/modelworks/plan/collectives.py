@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from modelworks.plan.kernels import Kernels
+from modelworks.plan.kernels import CollectiveKind, Kernels
 from modelworks.plan.layout import FloatArray, IntArray
 from modelworks.spec.hardware import ClusterSpec
 from modelworks.spec.software import CalibrationSpec
@@ -69,14 +69,16 @@ class Fabric:
 
     def placement(self, ranks: IntArray, stride: IntArray) -> IntArray:
         """How many ranks of a group share one scale-up domain."""
-        return np.clip(self.domain // np.maximum(stride, 1), 1, ranks)
+        return np.asarray(np.clip(self.domain // np.maximum(stride, 1), 1, ranks))
 
     def _rate(self, ranks: IntArray, stride: IntArray) -> FloatArray:
         """A device's rate into the network, less what an oversubscribed level leaves to groups that cross it."""
         crosses = ranks * stride > self.island
         return np.where(crosses, self.nic_bytes / self.oversubscription, self.nic_bytes)
 
-    def _ring(self, kind: str, size_bytes: FloatArray, ranks: IntArray, stride: IntArray, passes: float) -> FloatArray:
+    def _ring(
+        self, kind: CollectiveKind, size_bytes: FloatArray, ranks: IntArray, stride: IntArray, passes: float
+    ) -> FloatArray:
         """Rings over domains: each of a domain's `inside` ranks carries its share of the bytes in a ring of its own.
 
         Thakur et al. 2005 (Optimization of Collective Communication Operations in MPICH), the ring algorithms, with

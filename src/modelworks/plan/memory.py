@@ -199,7 +199,7 @@ class KeptBytes:
         """Bytes of a stage for each candidate."""
         place = candidates.recompute * self.base.shape[1] + of_kept
         saved = self.saved[stage].reshape(-1).take(place)
-        return self.base[stage].take(of_kept) - candidates.recompute_share * saved
+        return np.asarray(self.base[stage].take(of_kept) - candidates.recompute_share * saved)
 
 
 def kept_bytes(setting: Setting, candidates: Layouts, stages: Stages, micro_batches: IntArray) -> KeptBytes:

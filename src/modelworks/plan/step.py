@@ -1,8 +1,8 @@
 """What one optimizer step takes under many layouts at once: time by reason, memory, model FLOPs utilisation.
 
-`evaluate` puts the parts together: layers (`block`), the pipeline over them (`pipeline`), the reduction of gradients and
-the gathering of sharded weights over replicas, the optimizer, and what the slowest of many ranks costs. It is pure and
-vectorised: candidates are arrays, and layers are worked out once for each different shape among them.
+`evaluate` puts the parts together: layers (`block`), the pipeline over them (`pipeline`), the reduction of gradients
+and the gathering of sharded weights over replicas, the optimizer, and what the slowest of many ranks costs. It is pure
+and vectorised: candidates are arrays, and layers are worked out once for each different shape among them.
 """
 
 from __future__ import annotations
@@ -95,10 +95,10 @@ def evaluate(
 
     Three levels keep the work for a candidate small: layers depend on its shape (`block.SHAPE`); stages on that and
     the pipeline (`_ROW`); exchanges over replicas and the model's state on how it is sharded (`_STATE`). Each level is
-    worked out once for neighbours that share it (layers for all), and a candidate gathers its own: the order of a search,
-    in which neighbours differ in the last choices, is the fast one, and any order is right.
+    worked out once for neighbours that share it (layers for all), and a candidate gathers its own: the order of a
+    search, in which neighbours differ in the last choices, is the fast one, and any order is right.
     """
-    model, c = setting.model, candidates
+    c = candidates
     blocks = blocks or known_blocks(setting, c)
     batch = np.broadcast_to(np.asarray(global_batch, dtype=np.int64), (len(c),))
     first_row, of_row = runs(c, _ROW, batch)
@@ -172,7 +172,7 @@ class _Rows:
         self.divides = fits_model(model, setting.seq_len, batch, c)
         self.tokens = batch.astype(np.float64) * setting.seq_len
         flop = training_flop_per_token(model, setting.seq_len) * self.tokens
-        peaks = np.array([setting.device.peak_flops.get(name, np.nan) for name in PRECISIONS])  # type: ignore[call-overload]
+        peaks = np.array([setting.device.peak_flops.get(name, np.nan) for name in PRECISIONS])
         self.ideal = flop / (peaks[c.precision] * c.devices)
         """Seconds of the model's FLOPs at the devices' peak."""
 
@@ -324,7 +324,7 @@ def _exposed(
         always = rounds * (exposed + (slow - 1.0) * np.maximum(0.0, moved - exposed))
     else:
         always = rounds * moved
-    return np.where(c.zero_stage == 3, always, once) + states.tied.take(of_state)
+    return np.asarray(np.where(c.zero_stage == 3, always, once) + states.tied.take(of_state))
 
 
 def _optimizer(setting: Setting, c: Layouts, parameters: tuple[StageParameters, ...]) -> FloatArray:
