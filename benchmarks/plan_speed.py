@@ -76,7 +76,8 @@ def measure_search() -> None:
 def measure_plan() -> None:
     """A whole plan for Grok-1 on 1,024 H100s, sensitivities included."""
     run = loads_run(
-        'model = "grok-1"\n[train]\nseq_len = 8192\nglobal_batch = 1024\n[cluster]\npreset = "colossus-100k"\ngpus = 1024\n'
+        'model = "grok-1"\n[train]\nseq_len = 8192\nglobal_batch = 1024\n'
+        '[cluster]\npreset = "colossus-100k"\ngpus = 1024\n'
     )
     plan(run)
     print(f"a plan for Grok-1 on 1,024 H100s, start-up included: {time.process_time():.2f} CPU-seconds")

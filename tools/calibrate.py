@@ -42,8 +42,8 @@ class Parameter:
     low: float
     high: float
     where: tuple[str, ...]
-    """("calibration", field), ("sustained", device, precisions...), or ("software", names..., field). Further precisions
-    keep H100's ratio to the first."""
+    """("calibration", field), ("sustained", device, precisions...), or ("software", names..., field).
+    Further precisions keep H100's ratio to the first."""
 
 
 @dataclass(frozen=True)

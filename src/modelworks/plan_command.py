@@ -57,12 +57,12 @@ def run_of(
             raise InputError(f"{name} {value} is not accepted: a whole number of 1 or more is")
     changes = list(overrides)
     if file is not None:
-        for name, value in (
+        for field, given in (
             ("model", model), ("cluster.preset", cluster), ("cluster.gpus", gpus), ("train.tokens", tokens),
             ("train.seq_len", seq_len), ("train.global_batch", global_batch), ("software", software),
         ):  # fmt: skip
-            if value is not None:
-                changes.append(f"{name}={value}")
+            if given is not None:
+                changes.append(f"{field}={given}")
         return load_run(file, changes)
     if model is None:
         raise InputError("nothing to plan: give a run spec (RUN.toml) or a model (--model grok-1)")

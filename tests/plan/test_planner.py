@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from modelworks.plan.planner import Plan, candidate, plan, precisions, setting_for, software_spec, why_slower
 from modelworks.plan.layout import layouts
+from modelworks.plan.planner import Plan, candidate, plan, precisions, setting_for, software_spec, why_slower
 from modelworks.plan.step import evaluate
 from modelworks.spec import DeviceSpec, InputError, RunSpec, device_spec, loads_run
 from modelworks.spec.files import dumps

@@ -16,7 +16,7 @@ CHINCHILLA = 5.76e23
 
 
 def test_the_refit_agrees_with_chinchilla_itself() -> None:
-    """Hoffmann et al. 2022 trained 70 billion parameters on 1.4 trillion tokens; the refit finds about 20 tokens each."""
+    """Hoffmann et al. 2022 trained 70 billion parameters on 1.4 trillion tokens, 20 for each."""
     best = optimum(scaling_law("besiroglu-2024"), CHINCHILLA)
     assert best.parameters == pytest.approx(70e9, rel=0.1)
     assert best.tokens == pytest.approx(1.4e12, rel=0.1)

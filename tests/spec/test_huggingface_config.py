@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from modelworks.spec import InputError, load_run, model_spec
+from modelworks.spec.huggingface import model_from_config
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -129,3 +130,74 @@ def test_a_config_that_is_not_json_is_refused(text: str, tmp_path: Path) -> None
 def test_a_config_that_is_a_list_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="a Hugging Face config is a table of fields, and this is a list"):
         model_spec(write(tmp_path, []))
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        (
+            "deepseek-v3",
+            {
+                "model_type": "deepseek_v3", "num_hidden_layers": 61, "hidden_size": 7168, "intermediate_size": 18432,
+                "num_attention_heads": 128, "num_key_value_heads": 128, "vocab_size": 129280, "rms_norm_eps": 1e-6,
+                "max_position_embeddings": 163840, "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_rope_head_dim": 64,
+                "qk_nope_head_dim": 128, "v_head_dim": 128, "moe_intermediate_size": 2048, "n_routed_experts": 256,
+                "num_experts_per_tok": 8, "n_shared_experts": 1, "first_k_dense_replace": 3, "norm_topk_prob": True,
+                "scoring_func": "sigmoid", "routed_scaling_factor": 2.5, "moe_layer_freq": 1, "hidden_act": "silu",
+            },
+        ),
+        (
+            # openai-community/gpt2-xl, config.json: 1.5 billion parameters.
+            1_557_611_200,
+            {
+                "model_type": "gpt2", "n_layer": 48, "n_embd": 1600, "n_head": 25, "n_positions": 1024, "n_ctx": 1024,
+                "vocab_size": 50257, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
+            },
+        ),
+        (
+            # Qwen/Qwen3-30B-A3B, config.json: 30.5 billion parameters.
+            30_532_122_624,
+            {
+                "model_type": "qwen3_moe", "num_hidden_layers": 48, "hidden_size": 2048, "intermediate_size": 6144,
+                "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 151936,
+                "max_position_embeddings": 40960, "moe_intermediate_size": 768, "num_experts": 128,
+                "num_experts_per_tok": 8, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [],
+                "use_sliding_window": False, "sliding_window": None, "hidden_act": "silu", "rms_norm_eps": 1e-6,
+                "tie_word_embeddings": False,
+            },
+        ),
+    ],
+    ids=["deepseek_v3", "gpt2", "qwen3_moe"],
+)  # fmt: skip
+def test_more_architectures_can_be_planned_than_imported(
+    tmp_path: Path, name: str | int, given: dict[str, Any]
+) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(given))
+    total = model_spec(name).parameters.total if isinstance(name, str) else name
+    assert model_spec(str(path)).parameters.total == total
+    with pytest.raises(InputError, match=f"model_type = '{given['model_type']}' is not known here"):
+        model_from_config(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"model_type": "rwkv"}, "model_type = 'rwkv' is not known here; known are llama, mistral, mixtral, qwen3"),
+        ({"model_type": "qwen2"}, "model_type = 'qwen2' is not known here"),
+        ({"decoder_sparse_step": 2}, "decoder_sparse_step and mlp_only_layers are not accepted"),
+    ],
+)
+def test_an_architecture_that_does_not_map_exactly_is_refused(
+    tmp_path: Path, change: dict[str, Any], sentence: str
+) -> None:
+    path = tmp_path / "config.json"
+    config = {
+        "model_type": "qwen3_moe", "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128,
+        "num_experts": 4,
+        "num_attention_heads": 4, "vocab_size": 100, "max_position_embeddings": 256, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+    }  # fmt: skip
+    path.write_text(json.dumps(config | change))
+    with pytest.raises(InputError, match=sentence):
+        model_spec(str(path))

@@ -203,7 +203,27 @@ def test_bad_input_is_refused_in_a_sentence_that_names_the_field(text: str, sent
         (GROK_TINY + "[parallel]\npipeline = 7\n", "needs more layers than model.layers = 6"),
         (
             GROK_TINY + "[parallel]\ntensor = 2\n",
-            "tensor 2 = 2 doesn't divide into cluster.gpus",
+            "parallel: tensor 2 doesn't divide into cluster.gpus = 1",
+        ),
+        (
+            GROK_TINY + "[parallel]\ntensor = 2\ndata = 2\npipeline = 1\n",
+            "parallel: tensor 2 x pipeline 1 x data 2 = 4 doesn't divide into cluster.gpus = 1",
+        ),
+        (
+            GROK_TINY + "[parallel]\ncontext = 512\n",
+            "parallel.context = 512 doesn't divide train.seq_len = 512 into two parts for each rank",
+        ),
+        (
+            GROK_TINY + "[parallel]\nvirtual_stages = 2\nschedule = '1f1b'\n",
+            "parallel.schedule = '1f1b' takes virtual_stages = 1, not 2",
+        ),
+        (
+            GROK_TINY + "[parallel]\nvirtual_stages = 1\nschedule = 'interleaved'\n",
+            "'interleaved' needs virtual_stages of 2 or more",
+        ),
+        (
+            GROK_TINY + "[parallel]\nvirtual_stages = 2\npipeline = 1\n",
+            "parallel.virtual_stages = 2 needs a pipeline of 2 stages or more",
         ),
         ('model = "smollm2-135m"\n[parallel]\nexpert = 2\n', "parallel.expert = 2 needs model.moe.experts, and this"),
         (
@@ -288,6 +308,18 @@ def test_paths_in_a_run_spec_are_taken_from_its_folder_and_stay_valid_elsewhere(
     assert run.data.files == [str(tmp_path / "text/*.txt"), "/elsewhere/a.txt"]
     assert run.data.tokenizer == str(tmp_path / "tokenizer.json")
     assert loads_run(dumps(run), folder=Path("/")) == run
+
+
+def test_ranks_beyond_the_key_value_heads_are_legal_where_they_are_a_multiple_of_them() -> None:
+    run = loads_run('model = "grok-1"\n[cluster]\npreset = "h100-superpod"\ngpus = 16\n[parallel]\ntensor = 16\n')
+    assert (run.parallel.tensor, run.model.kv_heads) == (16, 8)
+
+
+def test_every_choice_of_a_layout_may_be_left_to_the_planner() -> None:
+    left = loads_run(GROK_TINY).parallel
+    assert set(left.model_dump().values()) == {"auto"}
+    stated = loads_run(GROK_TINY + '[parallel]\nrecompute = "full"\nrecompute_share = 0.5\nzero_stage = 3\n').parallel
+    assert (stated.recompute, stated.recompute_share, stated.zero_stage) == ("full", 0.5, 3)
 
 
 def test_a_run_spec_is_frozen() -> None:

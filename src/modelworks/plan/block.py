@@ -269,7 +269,7 @@ class _Work:
         counted = self.software.operator_traffic
         forward, backward = np.zeros(self.size), np.zeros(self.size)
         for code in np.unique(self.shapes.precision):
-            of_precision = counted.get(PRECISIONS[code], counted.get("fp32"))  # type: ignore[call-overload]
+            of_precision = counted.get(PRECISIONS[code], counted.get("fp32"))
             each = getattr(of_precision, operators) if of_precision is not None else (0.0, 0.0)
             here = self.shapes.precision == code
             forward, backward = np.where(here, each[0], forward), np.where(here, each[1], backward)
@@ -371,17 +371,16 @@ class _Work:
             seq = np.full(self.size, float(seq_len))
             dim = np.full(self.size, (key_dim + value_dim) / 2)
             ratio, capped = self.calibration.attention_backward, model.attention_softcap is not None
-            passes = [
-                self.by_precision(
-                    lambda p, i=i: self.kernels.attention_passes(batch, seq, heads, kv_heads, dim, p, ratio, capped)[i],
-                    False,
-                )
-                for i in (0, 1)
-            ]
+
+            def passes(precision: Precision) -> tuple[FloatArray, FloatArray]:
+                return self.kernels.attention_passes(batch, seq, heads, kv_heads, dim, precision, ratio, capped)
+
             slowdown = self.setting.device.flash_2_slowdown if self.software.attention == "flash-2" else 1.0
             # A window leaves that share of the causal half, which fused kernels skip by blocks.
             window = model.attended(seq_len) / (seq_len / 2)
-            forward, backward = (whole * slowdown * window / context for whole in passes)
+            share = slowdown * window / context
+            forward = self.by_precision(lambda precision: passes(precision)[0], False) * share
+            backward = self.by_precision(lambda precision: passes(precision)[1], False) * share
             return forward, backward, zero, zero
         scores = batch * heads * seq_len * (seq_len / context)
         rows = np.full(self.size, float(seq_len))
@@ -536,7 +535,8 @@ class _Work:
         half = _Half(forward, backward, self.of(0), projections, weight_gradient)
         if not model.shared_width:
             return half
-        # Shared experts or a residual network: a dense one beside the routed ones, under their norm, with exchanges of its own.
+        # Shared experts or a residual network: a dense one beside the routed ones, under their norm, with exchanges of
+        # its own.
         shared = self._dense(model.shared_width / self.tensor)
         tensor_forward, tensor_backward = self.tensor_times()
         return _Half(

@@ -325,6 +325,7 @@ def table(found: Budget) -> Group:
     experts = found.experts
     with_experts = (
         f"with 8 experts, 2 for each token, at the same cost: {experts['parameters'] / 1e9:,.0f} B parameters, "
-        f"{experts['active_parameters'] / 1e9:,.0f} B active, as good as {experts['dense_equivalent'] / 1e9:,.0f} B dense"
+        f"{experts['active_parameters'] / 1e9:,.0f} B active, as good as "
+        f"{experts['dense_equivalent'] / 1e9:,.0f} B dense"
     )
     return Group(cluster, models, with_experts, *(escape(f"note: {note}") for note in found.notes))

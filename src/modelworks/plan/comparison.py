@@ -16,7 +16,7 @@ def compared(plans: Sequence[Plan]) -> dict[str, Any]:
     first = _quantities(plans[0])
     ratios = [
         {
-            name: value / first[name] if value is not None and first[name] else None
+            name: value / base if value is not None and (base := first[name]) else None
             for name, value in _quantities(plan).items()
         }
         for plan in plans

@@ -69,7 +69,9 @@ def emit(run: RunSpec, framework: str) -> str:
 
 def megatron(run: RunSpec) -> str:
     """Command-line flags of Megatron-LM (core_v0.12 and later)."""
-    c, model, lines, left_out = _choices(run), run.model, [], []
+    c, model = _choices(run), run.model
+    lines: list[str] = []
+    left_out: list[str] = []
     flags: dict[str, Any] = {
         "--num-layers": model.layers,
         "--hidden-size": model.hidden,
@@ -158,7 +160,8 @@ def _megatron_recompute(run: RunSpec, c: _Choices, left_out: list[str]) -> dict[
 
 def torchtitan(run: RunSpec) -> str:
     """A job config of torchtitan (v0.1 and v0.2)."""
-    c, left_out = _choices(run), []
+    c = _choices(run)
+    left_out: list[str] = []
     whole = {"fp8": "bfloat16", "bf16": "bfloat16"}.get(c.precision, "float32")
     parallelism: dict[str, Any] = {
         "data_parallel_replicate_degree": c.data if c.zero_stage == 0 else c.data // c.shard,
@@ -209,7 +212,8 @@ def torchtitan(run: RunSpec) -> str:
 
 def nemo(run: RunSpec) -> str:
     """Overrides of a NeMo 2 recipe, for `nemo llm pretrain --factory NAME`."""
-    c, left_out = _choices(run), []
+    c = _choices(run)
+    left_out: list[str] = []
     values: dict[str, Any] = {
         "trainer.num_nodes": run.cluster.nodes,
         "trainer.devices": min(run.cluster.gpus, run.cluster.gpus_per_node),
@@ -255,7 +259,8 @@ def nemo(run: RunSpec) -> str:
 
 def maxtext(run: RunSpec) -> str:
     """Settings of a MaxText config, over `base.yml`."""
-    c, left_out = _choices(run), []
+    c = _choices(run)
+    left_out: list[str] = []
     group = c.tensor * c.context * c.data
     # MaxText's axes multiply: the ranks of an expert's group are taken from those of data and context.
     replicas = max(1, c.data // c.expert)

@@ -485,7 +485,8 @@ def _what_would_fit(run: RunSpec, setting: Setting, space: Space, needed: float)
 
 
 def _alternatives(evaluation: Evaluation, top: int) -> tuple[Alternative, ...]:
-    best, found = candidate(evaluation, 0), []
+    best = candidate(evaluation, 0)
+    found: list[Alternative] = []
     for index in range(1, len(evaluation.layouts)):
         if len(found) == top:
             break

@@ -42,7 +42,7 @@ class ScalingLaw(Section):
 
     def loss(self, parameters: float, tokens: float) -> float:
         """Nats per token on the authors' data and vocabulary."""
-        return (
+        return float(
             self.irreducible
             + self.parameters_factor * parameters**-self.parameters_exponent
             + self.tokens_factor * tokens**-self.tokens_exponent

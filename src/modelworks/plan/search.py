@@ -139,10 +139,8 @@ def candidates(setting: Setting, global_batch: int, space: Space) -> Candidates:
     batches = _divisors(global_batch)
     alone = max(space.accepted.get("sequence_parallel", (1,)))
     grow = _Grow(space)
-    grow.choose("tensor", lambda: [
-        t for t in _divisors(model.heads)
-        if t <= most and (model.kv_heads % t == 0 or t % model.kv_heads == 0) and not (plain_ffn and model.ffn_hidden % t)
-    ])  # fmt: skip
+    tensors = [t for t in _divisors(model.heads) if t <= most and (model.kv_heads % t == 0 or t % model.kv_heads == 0)]
+    grow.choose("tensor", lambda: [t for t in tensors if not (plain_ffn and model.ffn_hidden % t)])
     grow.choose("pipeline", lambda t: range(1, min(model.layers, most // t) + 1), "tensor")
     grow.choose(
         "context",
@@ -468,4 +466,4 @@ def _least_activations(setting: Setting, global_batch: int, table: Mapping[str, 
     sharded = np.where(table["sequence_parallel"] == 1, table["tensor"], 1)
     under_way = np.minimum(table["pipeline"], global_batch // (table["data"] * table["micro_batch"]))
     stage = np.maximum(1, model.layers // table["pipeline"] - 1)
-    return tokens * model.hidden * 2.0 / sharded * under_way * stage
+    return np.asarray(tokens * model.hidden * 2.0 / sharded * under_way * stage)

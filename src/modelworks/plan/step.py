@@ -1,8 +1,8 @@
 """What one optimizer step takes under many layouts at once: time by reason, memory, model FLOPs utilisation.
 
 `evaluate` puts the parts together: layers (`block`), the pipeline over them (`pipeline`), the reduction of gradients
-and the gathering of sharded weights over replicas, the optimizer, and what the slowest of many ranks costs. It is pure and
-vectorised: candidates are arrays, and layers are worked out once for each different shape among them.
+and the gathering of sharded weights over replicas, the optimizer, and what the slowest of many ranks costs. It is pure
+and vectorised: candidates are arrays, and layers are worked out once for each different shape among them.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def evaluate(
     worked out once for neighbours that share it (layers for all), and a candidate gathers its own: the order of a
     search, in which neighbours differ in the last choices, is the fast one, and any order is right.
     """
-    model, c = setting.model, candidates
+    c = candidates
     blocks = blocks or known_blocks(setting, c)
     batch = np.broadcast_to(np.asarray(global_batch, dtype=np.int64), (len(c),))
     first_row, of_row = runs(c, _ROW, batch)

@@ -83,7 +83,7 @@ def model_spec(name: str | Path) -> ModelSpec:
     """A model by its catalog name, by the path of a TOML file, or by that of a Hugging Face ``config.json``."""
     text = str(name)
     if text.endswith(".json"):
-        return model_from_config(text)
+        return model_from_config(text, planning=True)
     return validate(ModelSpec, _with_preset("models", {"preset": text}, None), where=f"model {text}")
 
 
@@ -122,7 +122,7 @@ def _with_preset(kind: catalog.Kind, given: Mapping[str, Any], folder: Path | No
     if config is not None:
         if preset is not None:
             raise InputError("model: give either preset or hf, not both")
-        base = model_from_config(_from_folder(str(config), folder)).model_dump(exclude_none=True)
+        base = model_from_config(_from_folder(str(config), folder), planning=True).model_dump(exclude_none=True)
     elif isinstance(preset, str):
         if preset.endswith(".toml"):
             preset = _from_folder(given.pop("preset"), folder)

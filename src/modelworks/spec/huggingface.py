@@ -13,6 +13,8 @@ from modelworks.spec.model import ModelSpec
 
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu"}
 _KNOWN = ["llama", "mistral", "mixtral", "qwen3", "grok-1"]
+_PLANNED = ["deepseek_v3", "gpt2", "qwen3_moe"]
+"""Further architectures whose fields say what a plan needs; weights of these aren't imported."""
 Layout = Literal["grok-1", "grok-1-vllm", "llama", "qwen3", "mixtral"]
 """The layouts of Hugging Face folders that are written; `grok-1` is SGLang's, `grok-1-vllm` that of vLLM <= 0.24."""
 _ARCHITECTURES: dict[Layout, str] = {
@@ -24,8 +26,15 @@ _ARCHITECTURES: dict[Layout, str] = {
 }
 
 
-def model_from_config(path: str | Path) -> ModelSpec:
+def model_from_config(path: str | Path, planning: bool = False) -> ModelSpec:
     """Read a ``config.json`` (or the folder that holds it).
+
+    Parameters
+    ----------
+    path
+        The file or its folder.
+    planning
+        Accept architectures that can be planned and not imported as well.
 
     Raises
     ------
@@ -41,15 +50,18 @@ def model_from_config(path: str | Path) -> ModelSpec:
         raise InputError(f"{path}: cannot be read as a Hugging Face config: {error}") from None
     if not isinstance(config, Mapping):
         raise InputError(f"{path}: a Hugging Face config is a table of fields, and this is a {type(config).__name__}")
-    return validate(ModelSpec, spec_values(config, str(path)), where=str(path))
+    return validate(ModelSpec, spec_values(config, str(path), planning), where=str(path))
 
 
-def spec_values(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+def spec_values(config: Mapping[str, Any], where: str, planning: bool = False) -> dict[str, Any]:
     """The fields of a model spec from those of a Hugging Face config."""
     kind = config.get("model_type")
-    if kind not in _KNOWN:
-        raise InputError(f"{where}: model_type = {kind!r} is not known here; {nearest(str(kind), _KNOWN)}")
+    known = _KNOWN + _PLANNED if planning else _KNOWN
+    if kind not in known:
+        raise InputError(f"{where}: model_type = {kind!r} is not known here; {nearest(str(kind), known)}")
     try:
+        if kind == "gpt2":
+            return _gpt2_values(config, where)
         heads = config["num_attention_heads"]
         rope = _rope(config, where)
         _refuse_sliding_window(config, where)
@@ -67,7 +79,7 @@ def spec_values(config: Mapping[str, Any], where: str) -> dict[str, Any]:
             "tied_embeddings": config.get("tie_word_embeddings", kind == "grok-1"),
             "attention_bias": config.get("attention_bias", False),
             "mlp_bias": config.get("mlp_bias", False),
-            "qk_norm": kind == "qwen3",
+            "qk_norm": kind in ("qwen3", "qwen3_moe"),
             "activation": _activation(config, where),
         }
         if config.get("head_dim"):
@@ -81,6 +93,10 @@ def spec_values(config: Mapping[str, Any], where: str) -> dict[str, Any]:
                 "expert_hidden": config["intermediate_size"],
                 "renormalize": True,
             }
+        if kind == "qwen3_moe":
+            values["moe"] = _qwen3_experts(config, where)
+        if kind == "deepseek_v3":
+            values |= _deepseek_values(config, where)
         if kind == "grok-1":
             values |= {
                 "activation": "gelu",
@@ -98,6 +114,70 @@ def spec_values(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     except KeyError as error:
         raise InputError(f"{where}: the field {error} is missing for model_type = {kind!r}") from None
     return {key: value for key, value in values.items() if value is not None}
+
+
+def _gpt2_values(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """GPT-2 (its fields have names of their own)."""
+    activation = config.get("activation_function", "gelu_new")
+    if activation not in _ACTIVATIONS:
+        raise InputError(f"{where}: activation_function = {activation!r} is not accepted: gelu_new is")
+    return {
+        "name": str(config.get("_name_or_path") or Path(where).parent.name or "gpt2"),
+        "layers": config["n_layer"],
+        "hidden": config["n_embd"],
+        "ffn_hidden": config.get("n_inner") or 4 * config["n_embd"],
+        "heads": config["n_head"],
+        "vocab": config["vocab_size"],
+        "context": config["n_positions"],
+        "activation": _ACTIVATIONS[activation],
+        "gated_mlp": False,
+        "norm": "layer",
+        "norm_eps": config.get("layer_norm_epsilon", 1e-5),
+        "position": "learned",
+        "attention_bias": True,
+        "mlp_bias": True,
+        "tied_embeddings": config.get("tie_word_embeddings", True),
+    }
+
+
+def _qwen3_experts(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    if config.get("decoder_sparse_step", 1) != 1 or config.get("mlp_only_layers"):
+        raise InputError(
+            f"{where}: decoder_sparse_step and mlp_only_layers are not accepted: experts in every layer are"
+        )
+    return {
+        "experts": config["num_experts"],
+        "top_k": config["num_experts_per_tok"],
+        "expert_hidden": config["moe_intermediate_size"],
+        "renormalize": config.get("norm_topk_prob", False),
+    }
+
+
+def _deepseek_values(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """DeepSeek-V3 and its kin: latent attention, dense first layers, shared experts."""
+    if config.get("moe_layer_freq", 1) != 1:
+        raise InputError(f"{where}: moe_layer_freq = {config['moe_layer_freq']!r} is not accepted: 1 is")
+    latent = {
+        "q_rank": config.get("q_lora_rank") or 0,
+        "kv_rank": config["kv_lora_rank"],
+        "rope_head_dim": config["qk_rope_head_dim"],
+        "nope_head_dim": config["qk_nope_head_dim"],
+        "value_head_dim": config["v_head_dim"],
+    }
+    return {
+        "latent_attention": latent,
+        "head_dim": latent["rope_head_dim"] + latent["nope_head_dim"],
+        "moe": {
+            "experts": config["n_routed_experts"],
+            "top_k": config["num_experts_per_tok"],
+            "expert_hidden": config["moe_intermediate_size"],
+            "shared_experts": config.get("n_shared_experts") or 0,
+            "dense_layers": config.get("first_k_dense_replace", 0),
+            "renormalize": config.get("norm_topk_prob", True),
+            "scoring": config.get("scoring_func", "sigmoid"),
+            "routed_multiplier": float(config.get("routed_scaling_factor", 1.0)),
+        },
+    }
 
 
 def _rope(config: Mapping[str, Any], where: str) -> Mapping[str, Any]:

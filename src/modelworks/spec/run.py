@@ -136,7 +136,7 @@ class ParallelSpec(Section):
     """0: replicated; 1: optimizer state sharded; 2: gradients too; 3: parameters too (FSDP)."""
     sequence_parallel: bool | Literal["auto"] = "auto"
     recompute: Literal["auto", "none", "selective", "projections", "full"] = "auto"
-    """What the backward pass computes again: nothing, the attention's core, all but the attention's projections, all."""
+    """What the backward pass computes again: nothing, attention's core, all but attention's projections, all."""
     recompute_share: Fraction | Literal["auto"] = "auto"
     """Share of the layers that `recompute` applies to."""
 
@@ -201,7 +201,7 @@ class RunSpec(Section):
             raise ValueError(
                 f"parallel.tensor = {tensor} doesn't divide model.kv_heads = {model.kv_heads}, nor is a multiple of it"
             )
-        if context not in ("auto", 1) and train.seq_len % (2 * context):
+        if context != "auto" and context > 1 and train.seq_len % (2 * context):
             raise ValueError(
                 f"parallel.context = {context} doesn't divide train.seq_len = {train.seq_len} into two parts for each "
                 "rank, which balance a causal mask"
@@ -248,6 +248,7 @@ class RunSpec(Section):
         product = 1
         for degree in degrees.values():
             product *= 1 if degree == "auto" else degree
-        given = " x ".join(f"{name} {degree}" for name, degree in degrees.items() if degree != "auto")
+        stated = [f"{name} {degree}" for name, degree in degrees.items() if degree != "auto"]
+        given = " x ".join(stated) + (f" = {product}" if len(stated) > 1 else "")
         if self.cluster.gpus % product or ("auto" not in degrees.values() and product != self.cluster.gpus):
-            raise ValueError(f"parallel: {given} = {product} doesn't divide into cluster.gpus = {self.cluster.gpus}")
+            raise ValueError(f"parallel: {given} doesn't divide into cluster.gpus = {self.cluster.gpus}")

@@ -133,7 +133,7 @@ def _refuse_what_does_not_divide(spec: RunSpec, data: int) -> None:
             f"parallel.expert = {expert} is not accepted: a divisor of the {members} processes that hold tokens is"
         )
     shard = _shard(spec, data) * members // data
-    if spec.parallel.zero_stage > 0 and shard % expert and expert % shard:
+    if spec.parallel.zero_stage != 0 and shard % expert and expert % shard:
         raise InputError(
             f"parallel.expert = {expert} is not accepted with parallel.shard = {shard * data // members}: it and the "
             f"{shard} processes that share weights must divide one another"
