@@ -1,19 +1,23 @@
 """What the simulation needs to know of the run: how long a step takes, how large its state is.
 
-The one place where the step's time comes in. It is the scenario's own (`simulate.step_time`) where that is given, and
-otherwise follows from the model's FLOPs at a stated MFU. The slowest of all ranks sets the pace of a synchronous step.
+The one place where the step's time comes in. It is the scenario's own (`simulate.step_time`) where that is given, that
+of the model's FLOPs at a stated MFU (`simulate.mfu`) where that is, and otherwise that of the planner's best layout. The
+slowest of all ranks sets the pace of a synchronous step.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
+from modelworks.plan.planner import plan
 from modelworks.spec.errors import InputError
 from modelworks.spec.files import device_spec
 from modelworks.spec.flops import training_flop_per_token
 from modelworks.spec.hardware import DeviceSpec, Precision
 from modelworks.spec.run import RunSpec
+from modelworks.spec.simulation import SimulateSpec
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,14 @@ def workload(run: RunSpec) -> Workload:
     flop_per_token = training_flop_per_token(run.model, train.seq_len)
     tokens_per_step = simulate.tokens_per_step or train.tokens_per_step
     slowest = slowest_rank(gpus, simulate.rank_spread)
-    step_time_s = simulate.step_time or tokens_per_step * flop_per_token / (peak * simulate.mfu) * slowest
+    if simulate.step_time:
+        step_time_s = simulate.step_time
+    elif simulate.mfu:
+        step_time_s = tokens_per_step * flop_per_token / (peak * simulate.mfu) * slowest
+    else:
+        step_time_s = planned_step_time_s(run.model_copy(update={"simulate": SimulateSpec()})) * (
+            tokens_per_step / train.tokens_per_step
+        )
     return Workload(
         step_time_s=step_time_s,
         tokens_per_step=tokens_per_step,
@@ -69,6 +80,23 @@ def workload(run: RunSpec) -> Workload:
         slowest_rank=slowest,
         tokens=train.tokens,
     )
+
+
+def planned_step_time_s(run: RunSpec) -> float:
+    """The step time of the planner's best layout, waiting for the slowest rank included.
+
+    Raises
+    ------
+    InputError
+        If no layout of the run fits its devices.
+    """
+    return _planned(run.model_dump_json(exclude={"name", "data", "checkpoint", "release"}), run.cluster.device)
+
+
+@lru_cache(maxsize=64)
+def _planned(run: str, device: str) -> float:
+    """Plans are made once for runs that are equal; the device's name stands for its file."""
+    return plan(RunSpec.model_validate_json(run)).step_time_s
 
 
 def precision_on(run: RunSpec, device: DeviceSpec) -> Precision:

@@ -256,8 +256,8 @@ class SimulateSpec(Section):
     step_time: Duration | None = None
     """Of one optimizer step, instead of the planner's."""
     tokens_per_step: Count | None = None
-    mfu: Annotated[float, Field(gt=0, le=1)] = 0.38
-    """Model FLOPs utilisation that the step time is reckoned with where it isn't given."""
+    mfu: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Model FLOPs utilisation to reckon the step time with; unset, the step time is the planner's best layout's."""
     rank_spread: Fraction = 0.003
     """Standard deviation of a rank's step time over its mean; the slowest rank sets the pace."""
     failures: str = "llama3-h100"
