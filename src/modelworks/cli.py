@@ -92,6 +92,9 @@ def _plan(
     emit: Annotated[
         str | None, typer.Option(help="Print the layout for megatron, torchtitan, nemo, maxtext or modelworks.")
     ] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write one page with charts, to keep or to send.")
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Find the best layout of a run on a cluster, and what it takes: time, memory, MFU, energy, money; and why.
@@ -100,17 +103,78 @@ def _plan(
     """
     from modelworks import plan_command
 
+    if html is not None and (budget or power or by or emit):
+        raise InputError(f"--html {html} is not accepted here: it goes with a plan or with --compare")
     if budget or power or by:
         plan_command.print_budget(budget, power, by, cluster, as_json, console)
         return
     if compare:
-        plan_command.print_comparison(compare, overrides or [], search, as_json, console)
+        plan_command.print_comparison(compare, overrides or [], search, html, as_json, console)
         return
     run = plan_command.run_of(
         file, overrides or [], model=model, cluster=cluster, gpus=gpus, tokens=tokens, seq_len=seq_len,
         global_batch=global_batch, software=software,
     )  # fmt: skip
-    plan_command.print_plan(run, search, top, emit, as_json, console)
+    plan_command.print_plan(run, search, top, emit, html, as_json, console)
+
+
+@app.command("simulate")
+def _simulate(
+    file: Annotated[Path | None, typer.Argument(metavar="[RUN.toml]", help="The run spec.")] = None,
+    cluster: Annotated[str | None, typer.Option(help="A cluster instead of a run: a catalog name or a file.")] = None,
+    gpus: Annotated[int | None, typer.Option(help="GPUs of the cluster.")] = None,
+    days: Annotated[float | None, typer.Option(help="How long; until the tokens are done without it.")] = None,
+    model: Annotated[str | None, typer.Option(help="The model, with --cluster; else one that suits its size.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Replicas: the spec's 1000, or 200 in a sweep.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same result.")] = None,
+    step_time: Annotated[str | None, typer.Option(help="Of one step, such as 5.2s, instead of the plan's.")] = None,
+    tokens_per_step: Annotated[str | None, typer.Option(help="Tokens of one step, such as 16M.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override: simulate.spares.hot=64.")
+    ] = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=RANGE", help="Turn a knob, or two: checkpoint.every=1min..60min; a,b,c; 0..64:5."),
+    ] = None,
+    tornado: Annotated[bool, typer.Option("--tornado", help="Halve and double each knob: what matters most.")] = False,
+    top500: Annotated[bool, typer.Option("--top500", help="The machine beside those of the TOP500.")] = False,
+    compare: Annotated[
+        list[Path] | None, typer.Option(metavar="RUN.toml", help="Compare with the machine of another run.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with charts.")] = None,
+    trace: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write one replica's failures, JSON lines.")
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Say what a run will really achieve on a cluster that fails, is repaired, is built up and draws power.
+
+    Example: [bold]modelworks simulate --cluster colossus-100k --gpus 100000 --days 100[/bold]
+    """
+    from modelworks.simulate_command import Options, simulate
+
+    simulate(
+        Options(
+            file=file,
+            cluster=cluster,
+            gpus=gpus,
+            days=days,
+            model=model,
+            samples=samples,
+            seed=seed,
+            step_time=step_time,
+            tokens_per_step=tokens_per_step,
+            overrides=overrides or [],
+            sweep=sweep or [],
+            tornado=tornado,
+            top500=top500,
+            compare=compare or [],
+            html=html,
+            trace=trace,
+            as_json=as_json,
+        ),
+        console,
+    )
 
 
 # --- train, runs ------------------------------------------------------------------------------------------------------

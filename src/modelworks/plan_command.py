@@ -110,21 +110,30 @@ def _run_name(model: str) -> str:
     return kept[:64] or "run"
 
 
-def print_plan(run: RunSpec, search: bool, top: int, emit: str | None, as_json: bool, console: Console) -> None:
-    """Plan a run and print what was asked for: the plan, or its layout in a framework's own words."""
+def print_plan(
+    run: RunSpec, search: bool, top: int, emit: str | None, html: Path | None, as_json: bool, console: Console
+) -> None:
+    """Plan a run; print the plan, or its layout in a framework's own words; write its page if a file is given."""
     from modelworks.plan.emit import FRAMEWORKS
     from modelworks.plan.emit import emit as written
     from modelworks.plan.planner import plan
-    from modelworks.plan.report import page
+    from modelworks.plan.report import answer, page
 
     if emit is not None and emit not in FRAMEWORKS:
         written(run, emit)
     made = plan(run, wide=search, top=top)
+    if html is not None:
+        from modelworks.plan.page import write_plan
+
+        write_plan(made, html)
     if emit is not None:
         text = written(made.run, emit)
         print(json.dumps({"framework": emit, "text": text}) if as_json else text, end="\n" if as_json else "")
     elif as_json:
         print(json.dumps(made.as_dict(), indent=1))
+    elif html is not None:
+        console.print(answer(made))
+        console.print(f"\nThe page is in {html}", soft_wrap=True, highlight=False, markup=False)
     else:
         console.print(page(made))
 
@@ -149,14 +158,20 @@ def print_budget(
 
 
 def print_comparison(
-    files: Sequence[Path], overrides: Sequence[str], search: bool, as_json: bool, console: Console
+    files: Sequence[Path], overrides: Sequence[str], search: bool, html: Path | None, as_json: bool, console: Console
 ) -> None:
-    """Plan several runs and print them side by side."""
-    from modelworks.plan.comparison import compared, table
+    """Plan several runs and print them side by side; or write a page of them."""
+    from modelworks.plan.comparison import compared
+    from modelworks.plan.page import write_comparison
     from modelworks.plan.planner import plan
+    from modelworks.plan.report import comparison
 
     plans = [plan(load_run(file, overrides), wide=search, top=0) for file in files]
+    if html is not None:
+        write_comparison(plans, html)
     if as_json:
         print(json.dumps(compared(plans), indent=1))
     else:
-        console.print(table(plans))
+        console.print(comparison(plans))
+        if html is not None:
+            console.print(f"\nThe page is in {html}", soft_wrap=True, highlight=False, markup=False)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modelworks.model.experts import MixtureOfExperts, router_report, sort_by_expert
+from modelworks.model.experts import MixtureOfExperts, grouped_linear, router_report, sort_by_expert
 from modelworks.spec.model import ModelSpec, MoESpec
 
 
@@ -120,3 +120,21 @@ def test_experts_run_in_bfloat16_under_autocast_and_route_in_float32() -> None:
     output.float().square().sum().backward()
     assert module.gate.grad is not None
     assert module.gate.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("width", [40, 36], ids=["grouped matmul", "a width that it refuses"])
+def test_grouped_products_in_bfloat16_stay_near_float32_and_leave_an_empty_group_zero(width: int) -> None:
+    torch.manual_seed(5)
+    counts = torch.tensor([3, 0, 9, 1])
+    rows, weights = torch.randn(13, 24, requires_grad=True), torch.randn(4, width, 24, requires_grad=True)
+    expert = torch.arange(4).repeat_interleave(counts)
+    expected = torch.einsum("ri,roi->ro", rows, weights[expert])
+    product = grouped_linear(rows.bfloat16(), weights.bfloat16(), counts)
+    assert product.dtype == torch.bfloat16
+    torch.testing.assert_close(product.float(), expected, rtol=3e-2, atol=0.1)
+    upstream = torch.randn_like(expected)
+    wanted = torch.autograd.grad(expected, (rows, weights), upstream)
+    got = torch.autograd.grad(product, (rows, weights), upstream.bfloat16())
+    for ours, theirs in zip(got, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=3e-2, atol=0.2)
+    assert (got[1][1] == 0).all()

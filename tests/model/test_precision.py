@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from modelworks.model.precision import fastest_precision
+from modelworks.model.precision import fastest_precision, matmul_s
 
 
 def test_the_chosen_precision_is_not_the_slow_one() -> None:
@@ -19,7 +19,15 @@ def test_the_chosen_precision_is_not_the_slow_one() -> None:
     assert times[chosen] < 1.5 * times[other]
 
 
+def test_the_probe_leaves_the_number_of_threads_as_it_was() -> None:
+    before = torch.get_num_threads()
+    times = matmul_s((torch.float32, torch.bfloat16))
+    assert torch.get_num_threads() == before
+    assert all(0.0 < shortest < float("inf") for shortest in times)
+
+
 def _timed(left: torch.Tensor) -> float:
-    start = time.perf_counter()
+    """CPU seconds of this thread, so that other work on the machine doesn't decide."""
+    start = time.process_time()
     torch.mm(left, left)
-    return time.perf_counter() - start
+    return time.process_time() - start

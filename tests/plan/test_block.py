@@ -28,10 +28,11 @@ class Ideal:
     def grouped_gemm(self, groups: Any, m: Any, n: Any, k: Any, precision: str) -> Any:
         return groups * self.gemm(m, n, k, precision)
 
-    def attention(
-        self, batch: Any, seq_q: Any, seq_kv: Any, heads: Any, kv_heads: Any, head_dim: Any, *rest: Any
+    def attention_passes(
+        self, batch: Any, seq: Any, heads: Any, kv_heads: Any, dim: Any, precision: str, ratio: float, capped: bool
     ) -> Any:
-        return 4.0 * batch * heads * seq_q * seq_kv * head_dim / 2 / RATE
+        forward = 4.0 * batch * heads * seq * seq * dim / 2 / RATE
+        return forward, forward * ratio
 
     def memory_bound(self, moved: Any) -> Any:
         return np.zeros(np.shape(moved))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 
-from modelworks.spec import InputError, cluster_spec, device_spec, model_spec
+from modelworks.spec import InputError, cluster_spec, device_spec, facts, model_spec
 from modelworks.spec.catalog import Certainty, Entry, Kind, entries, entry, names
+from modelworks.spec.fields import Section
 
 EVERY_ENTRY = [found for kind in get_args(Kind) for found in entries(kind)]
 
@@ -52,9 +53,19 @@ def test_no_source_is_stated_for_a_field_that_is_not_there(found: Entry) -> None
 
 @pytest.mark.parametrize("kind", ["models", "hardware", "clusters"])
 def test_every_entry_of_the_catalog_is_a_whole_spec(kind: Kind) -> None:
-    read = {"models": model_spec, "hardware": device_spec, "clusters": cluster_spec}
+    read: dict[str, Callable[[str], Section]] = {
+        "models": model_spec,
+        "hardware": device_spec,
+        "clusters": cluster_spec,
+        "failures": facts.failures,
+        "prices": facts.prices,
+        "parts": facts.parts,
+        "top500": facts.top500_machine,
+        "observations": facts.published_run,
+    }
+    assert names(kind)
     for name in names(kind):
-        assert read[kind](name).name == name
+        assert read[kind](name).name == name  # type: ignore[attr-defined]
 
 
 def test_a_cluster_names_a_device_of_the_catalog() -> None:

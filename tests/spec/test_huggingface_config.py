@@ -169,9 +169,7 @@ def test_a_config_that_is_a_list_is_refused(tmp_path: Path) -> None:
     ],
     ids=["deepseek_v3", "gpt2", "qwen3_moe"],
 )  # fmt: skip
-def test_more_architectures_can_be_planned_than_imported(
-    tmp_path: Path, name: str | int, given: dict[str, Any]
-) -> None:
+def test_more_architectures_are_planned_than_imported(tmp_path: Path, name: str | int, given: dict[str, Any]) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps(given))
     total = model_spec(name).parameters.total if isinstance(name, str) else name
@@ -193,7 +191,8 @@ def test_an_architecture_that_does_not_map_exactly_is_refused(
 ) -> None:
     path = tmp_path / "config.json"
     config = {
-        "model_type": "qwen3_moe", "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "num_experts": 4,
+        "model_type": "qwen3_moe", "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128,
+        "num_experts": 4,
         "num_attention_heads": 4, "vocab_size": 100, "max_position_embeddings": 256, "num_experts_per_tok": 2,
         "moe_intermediate_size": 32,
     }  # fmt: skip

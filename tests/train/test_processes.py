@@ -169,6 +169,9 @@ def test_processes_whose_parent_is_killed_save_and_end(
         (["--nproc", "4", "--set", "train.micro_batch=4"], "train.micro_batch = 4 is not accepted on 4"),
         (["--nproc", "2", "--set", "parallel.shard=3"], "parallel.shard = 3 is not accepted"),
         (["--nproc", "2", "--set", "data.files=[]"], "data.files"),
+        (["--nproc", "2", "--set", "train.compile=true"], "train.compile = true is not accepted on 2"),
+        (["--nproc", "2", "--set", "parallel.pipeline=2"], "parallel.pipeline = 2 is not accepted"),
+        (["--nproc", "2", "--set", "parallel.recompute=selective"], "parallel.recompute = 'selective' is not accepted"),
     ],
 )
 def test_bad_input_is_one_sentence_and_starts_no_process(

@@ -155,7 +155,7 @@ def test_what_is_typed_survives_a_reload(page):
 def test_a_phone_shows_the_chat_without_scrolling_sideways_and_the_drawer_on_demand(browser, server):
     context = browser.new_context(viewport={"width": 390, "height": 800}, base_url=server.url, color_scheme="dark")
     page = context.new_page()
-    for path in ("/", "/runs", "/models"):
+    for path in ("/", "/plan", "/runs", "/models"):
         page.goto(path)
         page.get_by_label("Menu").wait_for()
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
@@ -344,6 +344,26 @@ def test_a_long_title_is_cut_so_that_its_menu_stays_in_reach(page, home, talk):
         box = part.bounding_box()
         assert box["x"] + box["width"] <= side["x"] + side["width"]
     assert page.locator(".nav.here").bounding_box()["width"] > 0.8 * side["width"]
+
+
+def test_keys_move_a_slider_of_the_plan_and_the_answer_follows(page):
+    troubles = []
+    page.on("console", lambda message: troubles.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: troubles.append(str(error)))
+    page.goto("/plan")
+    page.get_by_text("on 1,024 h100-sxm").wait_for()
+    page.locator('[aria-label="GPUs"] [tabindex="0"]').focus()
+    page.keyboard.press("ArrowRight")
+    page.get_by_text("on 1,536 h100-sxm").wait_for()
+    page.keyboard.press("ArrowRight")
+    page.get_by_text("on 2,048 h100-sxm").wait_for()
+    page.locator("tr.loss").first.hover()
+    assert "of the step" in page.locator(".plan-tip.shown").inner_text()
+    chosen = page.locator("tr[data-key]").nth(1)
+    layout = chosen.locator("b").inner_text()
+    chosen.click()
+    page.locator(".answer .lead b", has_text=layout).wait_for()
+    assert troubles == []
 
 
 def test_the_theme_that_was_chosen_is_remembered(page):

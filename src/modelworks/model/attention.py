@@ -23,6 +23,8 @@ from modelworks.spec.model import ModelSpec
 QUERY_BLOCK = 64
 """Queries per block of soft-capped attention: large enough for the matmuls, small enough to skip most masked keys and
 to keep a block's logits in the cache (at 512 positions a third faster than 128 or 256 on a CPU)."""
+LARGEST_EXPONENT = 60.0
+"""Up to this soft cap the sum of a row's exponentials fits fp32 as it is; beyond it the largest logit is subtracted."""
 
 
 class Rotary(NamedTuple):
@@ -153,87 +155,111 @@ def softcap_attention(queries: Tensor, keys: Tensor, values: Tensor, scale: floa
 
     Shapes as in `fused_attention`.
     """
-    output: Tensor = _SoftcapAttention.apply(queries, keys, values, scale, softcap)  # type: ignore[no-untyped-call]
+    output: Tensor
+    output, _ = _softcap_forward(queries, keys, values, scale, softcap)
     return output
 
 
-class _SoftcapAttention(torch.autograd.Function):
-    """The forward pass keeps each query's log-sum-exp; the backward pass rebuilds a block's probabilities from it."""
+@torch.library.custom_op("modelworks::softcap_attention", mutates_args=())
+def _softcap_forward(
+    queries: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float
+) -> tuple[Tensor, Tensor]:
+    """The output (B, heads, T, D), and each query's log-sum-exp (B, KV, G, T) in fp32 for the backward pass."""
+    folded = _fold(queries, keys.shape[1])  # (B, KV, G, T, D)
+    output = torch.empty_like(folded, memory_format=torch.contiguous_format)
+    log_sums = folded.new_empty(folded.shape[:-1], dtype=torch.float32)
+    offset = keys.shape[2] - queries.shape[2]
+    for start, end in _blocks(queries.shape[2]):
+        block = folded[..., start:end, :].flatten(2, 3)  # (B, KV, G * t, D)
+        weights = _tangents(block, keys[:, :, : offset + end], scale / softcap).mul_(softcap)  # (B, KV, G * t, s)
+        largest = weights.amax(-1, keepdim=True) if softcap > LARGEST_EXPONENT else weights.new_zeros(())
+        if softcap > LARGEST_EXPONENT:
+            weights.sub_(largest)
+        _hide_later(weights.exp_(), end - start)
+        sums = weights.sum(-1, keepdim=True)
+        attended = (weights.to(values.dtype) @ values[:, :, : offset + end]).div_(sums)
+        output[..., start:end, :] = attended.view_as(folded[..., start:end, :])
+        log_sums[..., start:end] = sums.log_().add_(largest).view(*log_sums.shape[:3], end - start)
+    return output.flatten(1, 2), log_sums
 
-    @staticmethod
-    def forward(context: Any, queries: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float) -> Tensor:
-        folded = _fold(queries, keys.shape[1])  # (B, KV, G, T, D)
-        output = torch.empty_like(folded)
-        log_sums = folded.new_empty(folded.shape[:-1], dtype=torch.float32)  # (B, KV, G, T)
-        offset = keys.shape[2] - queries.shape[2]
-        for start, end in _blocks(queries.shape[2]):
-            capped, _ = _capped_logits(folded[..., start:end, :], keys, offset + start, scale, softcap)
-            largest = capped.amax(-1, keepdim=True)  # (B, KV, G * t, 1)
-            weights = capped.sub_(largest).exp_()
-            sums = weights.sum(-1, keepdim=True)
-            block = (weights.to(values.dtype) @ values[:, :, : offset + end]).div_(sums)  # (B, KV, G * t, D)
-            output[..., start:end, :] = block.view_as(folded[..., start:end, :])
-            log_sums[..., start:end] = sums.log_().add_(largest).view(*log_sums.shape[:3], end - start)
-        context.save_for_backward(queries, keys, values, output, log_sums)
-        context.scale, context.softcap = scale, softcap
-        return output.flatten(1, 2)
 
-    @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        queries, keys, values, output, log_sums = context.saved_tensors
-        folded, upstream = _fold(queries, keys.shape[1]), _fold(gradients[0], keys.shape[1])
-        to_queries = torch.empty_like(folded)
-        to_keys = torch.zeros_like(keys, memory_format=torch.contiguous_format, dtype=torch.float32)
-        to_values = torch.zeros_like(to_keys)
-        offset = keys.shape[2] - queries.shape[2]
-        for start, end in _blocks(queries.shape[2]):
-            seen = offset + end
-            block = folded[..., start:end, :]
-            capped, tangent = _capped_logits(block, keys, offset + start, context.scale, context.softcap)
-            weights = capped.sub_(log_sums[..., start:end].flatten(2, 3).unsqueeze(-1)).exp_()  # (B, KV, G * t, s)
-            above = upstream[..., start:end, :].flatten(2, 3)  # (B, KV, G * t, D)
-            along = (above.float() * output[..., start:end, :].flatten(2, 3)).sum(-1, keepdim=True)
-            to_values[:, :, :seen] += weights.to(above.dtype).transpose(-1, -2) @ above
-            to_logits = (above @ values[:, :, :seen].transpose(-1, -2)).float().sub_(along).mul_(weights)
-            # d tanh = 1 - tanh^2, and masked logits have no weight.
-            to_logits.mul_(tangent.square_().neg_().add_(1.0)).mul_(context.scale)
-            to_logits = to_logits.to(keys.dtype)
-            to_block = to_logits @ keys[:, :, :seen]
-            to_queries[..., start:end, :] = to_block.view_as(folded[..., start:end, :])
-            to_keys[:, :, :seen] += to_logits.transpose(-1, -2) @ block.flatten(2, 3)
-        return to_queries.flatten(1, 2), to_keys.to(keys.dtype), to_values.to(values.dtype), None, None
+@torch.library.custom_op("modelworks::softcap_attention_backward", mutates_args=())
+def _softcap_backward(
+    gradient: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    output: Tensor,
+    log_sums: Tensor,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of queries, keys and values; a block's probabilities are rebuilt from its log-sum-exp."""
+    folded, upstream, attended = (_fold(tensor, keys.shape[1]) for tensor in (queries, gradient, output))
+    to_queries = torch.empty_like(folded, memory_format=torch.contiguous_format)
+    to_keys = torch.zeros_like(keys, memory_format=torch.contiguous_format, dtype=torch.float32)
+    to_values = torch.zeros_like(to_keys)
+    offset = keys.shape[2] - queries.shape[2]
+    for start, end in _blocks(queries.shape[2]):
+        seen = offset + end
+        block, above, result, sums = (
+            tensor[..., start:end, :].flatten(2, 3) for tensor in (folded, upstream, attended, log_sums.unsqueeze(-1))
+        )  # (B, KV, G * t, D), and (B, KV, G * t, 1)
+        tangents = _tangents(block, keys[:, :, :seen], scale / softcap)  # (B, KV, G * t, s)
+        weights = _hide_later(torch.sub(tangents, sums, alpha=1 / softcap).mul_(softcap).exp_(), end - start)
+        along = (above.float() * result).sum(-1, keepdim=True)
+        to_values[:, :, :seen] += weights.to(above.dtype).transpose(-1, -2) @ above
+        to_capped = (above @ values[:, :, :seen].transpose(-1, -2)).float().sub_(along).mul_(weights)
+        # d tanh = 1 - tanh^2; the logits' scale is applied to the products, which are smaller.
+        to_logits = to_capped.sub_(tangents.square_().mul_(to_capped)).to(keys.dtype)
+        to_queries[..., start:end, :] = (to_logits @ keys[:, :, :seen]).view_as(folded[..., start:end, :])
+        to_keys[:, :, :seen] += to_logits.transpose(-1, -2) @ block
+    return to_queries.mul_(scale).flatten(1, 2), to_keys.mul_(scale).to(keys.dtype), to_values.to(values.dtype)
+
+
+@_softcap_forward.register_fake
+def _(queries: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
+    batch, heads, length, _ = queries.shape
+    log_sums = queries.new_empty(batch, keys.shape[1], heads // keys.shape[1], length, dtype=torch.float32)
+    return torch.empty_like(queries, memory_format=torch.contiguous_format), log_sums
+
+
+@_softcap_backward.register_fake
+def _(gradient: Tensor, queries: Tensor, keys: Tensor, values: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    empty = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (queries, keys, values)]
+    return empty[0], empty[1], empty[2]
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:3], *output)  # PyTorch passes these three by name
+    ctx.scale, ctx.softcap = inputs[3:]
+
+
+def _backward(context: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return *_softcap_backward(gradient, *context.saved_tensors, context.scale, context.softcap), None, None
+
+
+_softcap_forward.register_autograd(_backward, setup_context=_keep)
 
 
 def _fold(heads: Tensor, kv_heads: int) -> Tensor:
     """(B, heads, T, D) as (B, KV, G, T, D): the G heads that share one key-value head stand together."""
     batch, count, length, width = heads.shape
-    return heads.reshape(batch, kv_heads, count // kv_heads, length, width)
+    return heads.view(batch, kv_heads, count // kv_heads, length, width)
 
 
 def _blocks(length: int) -> list[tuple[int, int]]:
     return [(start, min(start + QUERY_BLOCK, length)) for start in range(0, length, QUERY_BLOCK)]
 
 
-def _capped_logits(block: Tensor, keys: Tensor, position: int, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
-    """The capped and masked logits of a block of queries, and the hyperbolic tangents in them.
+def _tangents(block: Tensor, keys: Tensor, factor: float) -> Tensor:
+    """`tanh(factor * q k)` in fp32 of a block of queries (B, KV, G * t, D) with the keys (B, KV, s, D) up to it."""
+    return (block @ keys.transpose(-1, -2)).float().mul_(factor).tanh_()
 
-    Parameters
-    ----------
-    block
-        Queries (B, KV, G, t, D), the first of which stands at `position`.
-    keys
-        (B, KV, S, D)
 
-    Returns
-    -------
-    tuple
-        Both (B, KV, G * t, position + t) in fp32.
-    """
-    groups, length = block.shape[2:4]
-    seen = position + length
-    logits = (block.flatten(2, 3) @ keys[:, :, :seen].transpose(-1, -2)).float()
-    tangent = logits.mul_(scale / softcap).tanh_()
-    hidden = torch.ones(length, length, dtype=torch.bool, device=block.device).triu(1)
-    capped = tangent * softcap
-    capped.view(*capped.shape[:2], groups, length, seen)[..., position:].masked_fill_(hidden, -torch.inf)
-    return capped, tangent
+def _hide_later(weights: Tensor, length: int) -> Tensor:
+    """Zero, in place, the weights (B, KV, G * t, s) of the keys that stand after their query: of the last t keys."""
+    later = torch.ones(length, length, dtype=torch.bool, device=weights.device).triu(1)
+    by_query = weights.view(*weights.shape[:2], -1, length, weights.shape[-1])
+    by_query[..., -length:].masked_fill_(later, 0.0)
+    return weights

@@ -1,9 +1,8 @@
 """The mixture of experts: a router in fp32, tokens sorted by expert, and one pair of losses that keeps it balanced.
 
 Three ideas: every token goes to its `top_k` experts and none is dropped; the (token, expert) pairs are sorted by
-expert so that each expert multiplies one contiguous group of rows; the backward pass is written out, so that the
-activation is computed again instead of kept, weights' gradients are written once, and the way back to the tokens is
-a gather by the inverse permutation and not a scatter.
+expert, so that an expert multiplies one contiguous group of rows (`grouped_linear`); sorting is a permutation, so the
+way back to the tokens, and both their gradients, are gathers by it or its inverse and never a scatter.
 """
 
 from __future__ import annotations
@@ -14,8 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modelworks.model.layers import Linear, to_compute_dtype
+from modelworks.model.layers import Linear, activate, activate_backward, gated_activation, to_compute_dtype
 from modelworks.spec.model import ModelSpec
+
+GROUPED_WIDTH = 8
+"""What PyTorch's grouped matmul wants a width in bf16 to be a multiple of: 16 bytes."""
 
 
 class RouterReport(NamedTuple):
@@ -70,7 +72,7 @@ def router_report(logits: Tensor, probabilities: Tensor, choice: Tensor) -> Rout
     log-sum-exp (ST-MoE, arXiv:2202.08906, eq. 5).
     """
     experts = logits.shape[-1]
-    load = choice.flatten().bincount(minlength=experts).float() / choice.numel()
+    load = _counts(choice, experts).float() / choice.numel()
     return RouterReport(
         load_balance=experts * (load * probabilities.mean(0)).sum(),
         router_z=logits.logsumexp(-1).square().mean(),
@@ -91,17 +93,19 @@ class SortedPairs(NamedTuple):
 
 def sort_by_expert(choice: Tensor, experts: int) -> SortedPairs:
     """Sort the pairs of a choice (N, K) by expert, tokens in order within an expert."""
-    flat = choice.flatten()
-    order = flat.argsort(stable=True)
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(len(order), device=order.device)
-    return SortedPairs(order, inverse, flat.bincount(minlength=experts))
+    order = choice.flatten().argsort(stable=True)
+    return SortedPairs(order, order.argsort(), _counts(choice, experts))
+
+
+def _counts(choice: Tensor, experts: int) -> Tensor:
+    """How many of a choice (N, K) each expert has (E)."""
+    return (choice.flatten().unsqueeze(1) == torch.arange(experts, device=choice.device)).sum(0)
 
 
 def grouped_experts(
     gates: Tensor, pairs: SortedPairs, tokens: Tensor, gate: Tensor, up: Tensor, down: Tensor, activation: str
 ) -> Tensor:
-    """Run the experts on sorted pairs.
+    """Run the experts on sorted pairs: `y[n] = sum_k gates[n, k] * down(act(gate(x[n])) * up(x[n]))` of expert (n, k).
 
     Parameters
     ----------
@@ -121,105 +125,129 @@ def grouped_experts(
     Tensor
         (N, H)
     """
-    output: Tensor = _Experts.apply(tokens, gates, *pairs, gate, up, down, activation)  # type: ignore[no-untyped-call]
-    return output
+    order, inverse, counts = pairs
+    rows = permute(tokens.repeat_interleave(gates.shape[1], 0), order, inverse)  # (N * K, H)
+    gated, lifted = grouped_linear(rows, gate, counts), grouped_linear(rows, up, counts)  # (N * K, F)
+    lowered = lower(gated, lifted, down, counts, activation)  # (N * K, H)
+    chosen = permute(lowered, inverse, order).view(*gates.shape, -1)  # (N, K, H)
+    return (gates.unsqueeze(-1) * chosen).sum(1).to(tokens.dtype)
 
 
-class _Experts(torch.autograd.Function):
-    """The experts on sorted pairs: y[n] = sum_k gates[n, k] * down(act(gate(x[n])) * up(x[n])) of expert (n, k)."""
+def permute(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """The rows (R, H) in another order, whose gradient is gathered by the order's inverse."""
+    permuted: Tensor = _Permute.apply(rows, order, inverse)  # type: ignore[no-untyped-call]
+    return permuted
 
+
+class _Permute(torch.autograd.Function):
     @staticmethod
-    def forward(
-        context: Any,
-        tokens: Tensor,
-        gates: Tensor,
-        order: Tensor,
-        inverse: Tensor,
-        counts: Tensor,
-        gate: Tensor,
-        up: Tensor,
-        down: Tensor,
-        activation: str,
-    ) -> Tensor:
-        top_k, groups = gates.shape[1], _groups(counts)
-        rows = tokens.index_select(0, order // top_k)  # (N * K, H)
-        gated, lifted = (rows.new_empty(len(rows), gate.shape[1]) for _ in range(2))  # (N * K, F)
-        lowered, room = torch.empty_like(rows), rows.new_empty(_largest(groups), gate.shape[1])
-        for expert, here in groups:
-            torch.mm(rows[here], gate[expert].t(), out=gated[here])
-            torch.mm(rows[here], up[expert].t(), out=lifted[here])
-            mixed = _activate(gated[here], activation, _first(room, here)).mul_(lifted[here])
-            torch.mm(mixed, down[expert].t(), out=lowered[here])
-        context.save_for_backward(tokens, gates, order, inverse, gated, lifted, gate, up, down)
-        context.groups, context.activation = groups, activation
-        chosen = lowered.index_select(0, inverse).view(len(tokens), top_k, -1)  # (N, K, H)
-        return torch.bmm(gates.unsqueeze(1).to(chosen.dtype), chosen).squeeze(1)
+    def forward(context: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        context.save_for_backward(inverse)
+        return rows.index_select(0, order)
 
     @staticmethod
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        tokens, gates, order, inverse, gated, lifted, gate, up, down = context.saved_tensors
-        top_k = gates.shape[1]
-        source = order // top_k
-        rows, above = tokens.index_select(0, source), gradients[0].index_select(0, source)  # (N * K, H)
-        weights = gates.flatten().index_select(0, order).unsqueeze(1).to(rows.dtype)  # (N * K, 1)
-        to_weights = torch.empty_like(weights, dtype=gates.dtype)
-        to_rows = torch.empty_like(rows)
-        to_gate, to_up, to_down = (torch.empty_like(weight) for weight in (gate, up, down))
-        rooms = [rows.new_empty(_largest(context.groups), gate.shape[1]) for _ in range(3)]
-        for expert, here in context.groups:
-            active, mixed, to_mixed = (_first(room, here) for room in rooms)  # (n, F)
-            _activate(gated[here], context.activation, active)
-            torch.mul(active, lifted[here], out=mixed)
-            torch.mm(above[here], down[expert], out=to_mixed)  # before the pair's gate
-            to_weights[here] = torch.linalg.vecdot(to_mixed, mixed).unsqueeze(1)
-            torch.mm(above[here].mul_(weights[here]).t(), mixed, out=to_down[expert])
-            to_mixed.mul_(weights[here])
-            to_lifted = active.mul_(to_mixed)
-            to_gated = _activate_backward(to_mixed.mul_(lifted[here]), gated[here], context.activation, mixed)
-            torch.mm(to_gated.t(), rows[here], out=to_gate[expert])
-            torch.mm(to_lifted.t(), rows[here], out=to_up[expert])
-            torch.mm(to_gated, gate[expert], out=to_rows[here])
-            to_rows[here].addmm_(to_lifted, up[expert])
-        for expert in set(range(len(gate))) - {expert for expert, _ in context.groups}:
-            for gradient in (to_gate, to_up, to_down):
-                gradient[expert] = 0.0
-        to_tokens = to_rows.index_select(0, inverse).view(len(tokens), top_k, -1).sum(1)
-        to_gates = to_weights.flatten().index_select(0, inverse).view_as(gates)
-        return to_tokens, to_gates, None, None, None, to_gate, to_up, to_down, None
+        (inverse,) = context.saved_tensors
+        return gradients[0].index_select(0, inverse), None, None
 
 
-def _groups(counts: Tensor) -> list[tuple[int, slice]]:
-    """Each expert that has pairs, and where they stand."""
-    groups, start = [], 0
-    for expert, count in enumerate(counts.tolist()):
-        if count:
-            groups.append((expert, slice(start, start + count)))
-        start += count
-    return groups
+def lower(gated: Tensor, lifted: Tensor, down: Tensor, counts: Tensor, activation: str) -> Tensor:
+    """`down(act(gated) * lifted)` of grouped rows (R, F); the activation is computed again rather than kept."""
+    lowered: Tensor = _Lower.apply(gated, lifted, down, counts, activation)  # type: ignore[no-untyped-call]
+    return lowered
 
 
-def _largest(groups: list[tuple[int, slice]]) -> int:
-    return max((here.stop - here.start for _, here in groups), default=0)
+class _Lower(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, gated: Tensor, lifted: Tensor, down: Tensor, counts: Tensor, activation: str) -> Tensor:
+        context.save_for_backward(gated, lifted, down, counts)
+        context.activation = activation
+        lowered: Tensor = grouped_linear(gated_activation(gated, lifted, activation), down, counts)
+        return lowered
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        gated, lifted, down, counts = context.saved_tensors
+        above = gradients[0].contiguous()
+        active = activate(gated, context.activation)
+        to_down = grouped_outer(above, active * lifted, counts)
+        to_mixed = grouped_linear(above, down.transpose(1, 2), counts)
+        to_gated = activate_backward(to_mixed * lifted, gated, context.activation)
+        return to_gated, to_mixed * active, to_down, None, None
 
 
-def _first(room: Tensor, here: slice) -> Tensor:
-    """As many of the first rows of a scratch tensor as a group has."""
-    return room[: here.stop - here.start]
+@torch.library.custom_op("modelworks::grouped_linear", mutates_args=())
+def grouped_linear(rows: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
+    """Multiply each group of rows by its own matrix, as `F.linear` does; opaque to a compiler.
+
+    Parameters
+    ----------
+    rows
+        (R, I): the rows of the first group, then those of the second, and so on.
+    weights
+        (E, O, I), of the rows' dtype.
+    counts
+        (E) rows of each group; together R.
+
+    Returns
+    -------
+    Tensor
+        (R, O)
+    """
+    if _multiplies_grouped(rows, weights):
+        return F.grouped_mm(rows, weights.transpose(1, 2), offs=_offsets(counts))
+    product = rows.new_empty(len(rows), weights.shape[1])
+    for matrix, here in zip(weights, _groups(counts), strict=True):
+        torch.mm(rows[here], matrix.t(), out=product[here])
+    return product
 
 
-def _activate(x: Tensor, activation: str, out: Tensor) -> Tensor:
-    """The activation of `x`, written to `out`."""
-    if activation == "silu":
-        torch.ops.aten.silu.out(x, out=out)
-    else:
-        torch.ops.aten.gelu.out(x, approximate="tanh", out=out)
-    return out
+@torch.library.custom_op("modelworks::grouped_outer", mutates_args=())
+def grouped_outer(left: Tensor, right: Tensor, counts: Tensor) -> Tensor:
+    """Of each group of rows the product `left^T right`: (R, O) and (R, I) give (E, O, I); zero for an empty group."""
+    if _multiplies_grouped(left, right):
+        return F.grouped_mm(left.t(), right, offs=_offsets(counts))
+    product = left.new_empty(len(counts), left.shape[1], right.shape[1])
+    for matrix, here in zip(product, _groups(counts), strict=True):
+        torch.mm(left[here].t(), right[here], out=matrix)
+    return product
 
 
-def _activate_backward(gradient: Tensor, x: Tensor, activation: str, out: Tensor) -> Tensor:
-    """The gradient with respect to the activation's argument `x`, written to `out`."""
-    if activation == "silu":
-        torch.ops.aten.silu_backward.grad_input(gradient, x, grad_input=out)
-    else:
-        torch.ops.aten.gelu_backward.grad_input(gradient, x, approximate="tanh", grad_input=out)
-    return out
+@grouped_linear.register_fake
+def _(rows: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
+    return rows.new_empty(len(rows), weights.shape[1])
+
+
+@grouped_outer.register_fake
+def _(left: Tensor, right: Tensor, counts: Tensor) -> Tensor:
+    return left.new_empty(len(counts), left.shape[1], right.shape[1])
+
+
+def _keep_factors(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)  # PyTorch passes these three by name
+
+
+def _grouped_linear_backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    rows, weights, counts = context.saved_tensors
+    gradient = gradient.contiguous()
+    to_rows = grouped_linear(gradient, weights.transpose(1, 2), counts) if context.needs_input_grad[0] else None
+    return to_rows, grouped_outer(gradient, rows, counts), None
+
+
+grouped_linear.register_autograd(_grouped_linear_backward, setup_context=_keep_factors)
+
+
+def _multiplies_grouped(left: Tensor, right: Tensor) -> bool:
+    """Whether PyTorch's grouped matmul takes these: it is made for bf16."""
+    widths = (left.shape[-1], right.shape[-1], right.shape[-2] if right.dim() == 3 else GROUPED_WIDTH)
+    return left.dtype == torch.bfloat16 and len(left) > 0 and all(width % GROUPED_WIDTH == 0 for width in widths)
+
+
+def _offsets(counts: Tensor) -> Tensor:
+    return counts.cumsum(0, dtype=torch.int32)
+
+
+def _groups(counts: Tensor) -> list[slice]:
+    """Where each group's rows stand."""
+    ends = counts.cumsum(0).tolist()
+    return [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]

@@ -51,10 +51,28 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, H) in and out."""
-        gate = self.gate(x)
-        activated = F.silu(gate) if self.activation == "silu" else F.gelu(gate, approximate="tanh")
-        lowered: Tensor = self.down(activated * self.up(x))
+        lowered: Tensor = self.down(gated_activation(self.gate(x), self.up(x), self.activation))
         return lowered
+
+
+def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """`act(gate) * up` of one shape."""
+    return activate(gate, activation) * up
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    """`silu`, or `gelu` by its tanh approximation."""
+    return F.silu(x) if activation == "silu" else F.gelu(x, approximate="tanh")
+
+
+def activate_backward(gradient: Tensor, x: Tensor, activation: str) -> Tensor:
+    """The gradient with respect to the activation's argument `x`."""
+    backward: Tensor = (
+        torch.ops.aten.silu_backward(gradient, x)
+        if activation == "silu"
+        else torch.ops.aten.gelu_backward(gradient, x, approximate="tanh")
+    )
+    return backward
 
 
 def to_compute_dtype(tensor: Tensor) -> Tensor:

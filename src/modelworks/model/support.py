@@ -31,6 +31,8 @@ def _unsupported(spec: ModelSpec) -> Iterator[tuple[str, object, str]]:
     """Each field that stands in the way: its name, its value and what would be accepted instead."""
     if spec.latent_attention is not None:
         yield "latent_attention", spec.latent_attention.model_dump(), "leaving it out"
+    if spec.sliding_window is not None and spec.sliding_window < spec.context:
+        yield "sliding_window", spec.sliding_window, "leaving it out"
     if spec.position != "rope":
         yield "position", spec.position, "'rope'"
     if spec.norm != "rms":
@@ -45,6 +47,8 @@ def _unsupported(spec: ModelSpec) -> Iterator[tuple[str, object, str]]:
         yield "mlp_bias", spec.mlp_bias, "false beside experts"
     if spec.moe.shared_experts:
         yield "moe.shared_experts", spec.moe.shared_experts, "0"
+    if spec.moe.residual:
+        yield "moe.residual", spec.moe.residual, "false"
     if spec.moe.scoring != "softmax":
         yield "moe.scoring", spec.moe.scoring, "'softmax'"
     if spec.moe.routed_multiplier != 1.0:

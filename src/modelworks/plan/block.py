@@ -34,6 +34,10 @@ SHAPE = ("tensor", "context", "expert", "expert_tensor", "micro_batch", "precisi
 """The fields of `Layouts` that shape a layer on a device."""
 
 
+_DENSE_KERNELS = 3
+"""Of a dense feed-forward network forward: its products and its activation."""
+
+
 @dataclass(frozen=True)
 class Setting:
     """What a step is evaluated on, beside the layout."""
@@ -49,7 +53,7 @@ class Setting:
 
     def sustained(self, precision: str) -> float:
         """The share of a short measurement's rate that matrix products keep up."""
-        known = self.calibration.sustained.get(self.device.name, {})
+        known = self.calibration.sustained.get("local" if self.device.kind == "cpu" else self.device.name, {})
         precision = "bf16" if precision == "fp16" else precision
         default = self.calibration.sustained_default
         return known.get(precision, default.get(precision, default["bf16"]))
@@ -65,9 +69,11 @@ class Pass:
     def __add__(self, other: Pass) -> Pass:
         return Pass(self.times + other.times, self.launches + other.launches)
 
-    def settled(self, launch_s: float, skew_s: FloatArray | float = 0.0) -> FloatArray:
-        """Times with the host's: where launching takes longer than the kernels, the device waits for the rest."""
-        waiting = np.maximum(0.0, self.launches * launch_s + skew_s - self.times.sum(axis=0))
+    def settled(self, launch_s: float, skew_s: FloatArray | float = 0.0, host_is_device: bool = False) -> FloatArray:
+        """Times with the host's: where launching takes longer than the kernels, the device waits for the rest; a
+        processor that is its own host does one after the other."""
+        host = self.launches * launch_s + skew_s
+        waiting = host if host_is_device else np.maximum(0.0, host - self.times.sum(axis=0))
         times = self.times.copy()
         times[_LAUNCH] += waiting
         return times
@@ -205,7 +211,9 @@ class _Work:
         """Each shape's time in its precision; in bf16 instead of what is narrower where `low` is false."""
         out = np.zeros(self.size)
         for code in np.unique(self.shapes.precision):
-            name: Precision = PRECISIONS[code] if low or PRECISIONS[code] not in ("fp8", "fp4") else "bf16"
+            name: Precision = PRECISIONS[code]
+            if not low and name in ("fp8", "fp4"):
+                name = "bf16"
             out = np.where(self.shapes.precision == code, timed(name), out)
         return out
 
@@ -237,6 +245,10 @@ class _Work:
         residual sum reads two and writes one (with dropout also a mask), and its gradient is the same tensor again.
         """
         rows = self.tokens * self.model.hidden / self.sharded
+        if self.software.operator_traffic:
+            norm, sums = self.traffic("norm"), self.traffic("residual")
+            passes = [self.stream(rows * (norm[i] * count + sums[i])) for i in (0, 1)]
+            return passes[0], passes[1], count + 1
         e = self.activation_bytes
         residual = 3 * e + (1 if self.software.dropout else 0)
         forward = rows * (2 * e * count + residual)
@@ -252,6 +264,27 @@ class _Work:
             return np.zeros(self.size)
         return self.stream(weights * (2 + 2 * self.software.gradient_bytes), 2.0)
 
+    def traffic(self, operators: str) -> tuple[FloatArray, FloatArray]:
+        """Bytes per element of operators that the software counts itself, forward and backward."""
+        counted = self.software.operator_traffic
+        forward, backward = np.zeros(self.size), np.zeros(self.size)
+        for code in np.unique(self.shapes.precision):
+            of_precision = counted.get(PRECISIONS[code], counted.get("fp32"))  # type: ignore[call-overload]
+            each = getattr(of_precision, operators) if of_precision is not None else (0.0, 0.0)
+            here = self.shapes.precision == code
+            forward, backward = np.where(here, each[0], forward), np.where(here, each[1], backward)
+        return forward, backward
+
+    def operators(self, operators: str, elements: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Seconds of such operators, forward and backward; none where the software doesn't count them."""
+        if not self.software.operator_traffic:
+            return np.zeros(self.size), np.zeros(self.size)
+        forward, backward = (elements * each for each in self.traffic(operators))
+        return (
+            np.where(forward > 0.0, self.stream(forward), 0.0),
+            np.where(backward > 0.0, self.stream(backward), 0.0),
+        )
+
     def precision_casts(self, elements: FloatArray) -> FloatArray:
         """Casting and transposing what fp8 products read: two bytes in, one out, and that once more."""
         eight = self.shapes.precision == PRECISIONS.index("fp8")
@@ -263,7 +296,7 @@ class _Work:
         model, tokens = self.model, self.tokens
         heads = model.heads / self.tensor
         kv_heads = np.maximum(1.0, model.kv_heads / self.tensor)
-        products, q_width, v_width = self._attention_products(heads, kv_heads)
+        products, q_width = self._attention_products(heads, kv_heads)
         forward_matmul = sum((self.product(tokens, n, k) for n, k in products), np.zeros(self.size))
         data_gradient = sum((self.product(tokens, k, n) for n, k in products), np.zeros(self.size))
         weight_gradient = sum((self.product(n, k, tokens) for n, k in products), np.zeros(self.size))
@@ -279,10 +312,13 @@ class _Work:
         if self.software.elementwise == "unfused":
             # Queries, keys and values are split and laid out by head, the result is laid out by token again.
             shuffled = rotary + tokens * 2 * e * (2 * q_width + 2 * kv_heads * model.head_dim)
-        layout = self.stream(shuffled + 1.0, 3.0)
+        layout = layout_backward = self.stream(shuffled + 1.0, 3.0)
+        if self.software.operator_traffic:
+            layout, layout_backward = self.operators("rotary", tokens * (q_width + kv_heads * model.head_dim))
+        cast_forward, cast_backward = self.operators("weight", weights)
         tensor_forward, tensor_backward = self.tensor_times()
-        casts = self.precision_casts(tokens * (model.hidden + q_width))
-        gradient_casts = self.precision_casts(tokens * sum(n for n, _ in products))
+        casts = self.precision_casts(tokens * (model.hidden + q_width)) + cast_forward
+        gradient_casts = self.precision_casts(tokens * sum(n for n, _ in products)) + cast_backward
         count = self.software.kernels_per_layer
         core = self.of(2, attention=core_forward, memory=scores_forward)
         forward = core + self.of(
@@ -293,7 +329,7 @@ class _Work:
             count,
             matmul=data_gradient + weight_gradient,
             attention=core_backward,
-            memory=norm_backward + layout + gradient_casts + scores_backward + self.accumulation(weights),
+            memory=norm_backward + layout_backward + gradient_casts + scores_backward + self.accumulation(weights),
             tensor=tensor_backward,
             context=2.0 * context,
         )
@@ -302,15 +338,15 @@ class _Work:
 
     def _attention_products(
         self, heads: FloatArray, kv_heads: FloatArray
-    ) -> tuple[list[tuple[FloatArray, FloatArray]], FloatArray, FloatArray]:
-        """The (n, k) of the products of attention's linear maps on one device, and its widths of queries and values."""
+    ) -> tuple[list[tuple[FloatArray, FloatArray]], FloatArray]:
+        """The (n, k) of the products of attention's linear maps on one device, and the width of its queries."""
         model = self.model
         hidden = np.full(self.size, float(model.hidden))
         mla = model.latent_attention
         if mla is None:
             width = heads * model.head_dim
             joined = width + 2 * kv_heads * model.head_dim
-            return [(joined, hidden), (hidden, width)], width, kv_heads * model.head_dim
+            return [(joined, hidden), (hidden, width)], width
         q_width = heads * (mla.nope_head_dim + mla.rope_head_dim)
         v_width = heads * mla.value_head_dim
         latent = np.full(self.size, float(mla.kv_rank))
@@ -321,7 +357,7 @@ class _Work:
             (heads * (mla.nope_head_dim + mla.value_head_dim), latent),
             (hidden, v_width),
         ]
-        return products, q_width, v_width
+        return products, q_width
 
     def _core(self, heads: FloatArray, kv_heads: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
         """Attention's core: products forward and backward, and the scores' traffic where they are written out."""
@@ -334,12 +370,19 @@ class _Work:
         if self.software.attention != "unfused":
             seq = np.full(self.size, float(seq_len))
             dim = np.full(self.size, (key_dim + value_dim) / 2)
-            whole = self.by_precision(
-                lambda p: self.kernels.attention(batch, seq, seq, heads, kv_heads, dim, True, p), False
-            )
+            ratio, capped = self.calibration.attention_backward, model.attention_softcap is not None
+            passes = [
+                self.by_precision(
+                    lambda p, i=i: self.kernels.attention_passes(batch, seq, heads, kv_heads, dim, p, ratio, capped)[i],
+                    False,
+                )
+                for i in (0, 1)
+            ]
             slowdown = self.setting.device.flash_2_slowdown if self.software.attention == "flash-2" else 1.0
-            forward = whole * slowdown / context
-            return forward, forward * self.calibration.attention_backward, zero, zero
+            # A window leaves that share of the causal half, which fused kernels skip by blocks.
+            window = model.attended(seq_len) / (seq_len / 2)
+            forward, backward = (whole * slowdown * window / context for whole in passes)
+            return forward, backward, zero, zero
         scores = batch * heads * seq_len * (seq_len / context)
         rows = np.full(self.size, float(seq_len))
         # A batched product, one for each head: a product of as many rows as all heads have, with a head's depth.
@@ -374,10 +417,24 @@ class _Work:
 
     def dense_ffn(self) -> _Half:
         model = self.model
-        return self._ffn(model.ffn_hidden / self.tensor, None)
+        return self._ffn(model.ffn_hidden / self.tensor)
 
-    def _ffn(self, width: FloatArray, rows: FloatArray | None) -> _Half:
-        """A dense feed-forward network of `width` on this device."""
+    def _ffn(self, width: FloatArray) -> _Half:
+        """Half a layer with a dense feed-forward network of `width` on this device."""
+        inside = self._dense(width)
+        norm_forward, norm_backward, norm_kernels = self.norms(1 + (self.model.norm_placement == "sandwich"))
+        tensor_forward, tensor_backward = self.tensor_times()
+        count = self.software.kernels_per_layer
+        return _Half(
+            inside.forward + self.of(count / 2 - _DENSE_KERNELS, memory=norm_forward, tensor=tensor_forward),
+            inside.backward + self.of(count - 2 * _DENSE_KERNELS, memory=norm_backward, tensor=tensor_backward),
+            inside.selective,
+            inside.projections + self.of(norm_kernels, memory=norm_forward),
+            inside.weight_gradient,
+        )
+
+    def _dense(self, width: FloatArray) -> _Half:
+        """The products and the activation of a dense feed-forward network, without its norm and its exchanges."""
         model, tokens = self.model, self.tokens
         hidden = np.full(self.size, float(model.hidden))
         inner = width * (2 if model.gated_mlp else 1)
@@ -387,20 +444,22 @@ class _Work:
         e = self.activation_bytes
         gate = self.stream(tokens * (inner + width) * e, 1.0)
         gate_backward = self.stream(tokens * (2 * inner + width) * e, 1.0)
-        norm_forward, norm_backward, norm_kernels = self.norms(1 + (model.norm_placement == "sandwich"))
-        tensor_forward, tensor_backward = self.tensor_times()
-        casts = self.precision_casts(tokens * (hidden + width))
-        gradient_casts = self.precision_casts(tokens * (hidden + inner))
-        count = self.software.kernels_per_layer
-        forward = self.of(count / 2, matmul=up + down, memory=norm_forward + gate + casts, tensor=tensor_forward)
-        backward = self.of(
-            count,
-            matmul=data_gradient + weight_gradient,
-            memory=norm_backward + gate_backward + gradient_casts + self.accumulation(hidden * (inner + width)),
-            tensor=tensor_backward,
+        if self.software.operator_traffic:
+            gate, gate_backward = self.operators("gate", tokens * width)
+        cast_forward, cast_backward = self.operators("weight", hidden * (inner + width))
+        casts = self.precision_casts(tokens * (hidden + width)) + cast_forward
+        gradient_casts = self.precision_casts(tokens * (hidden + inner)) + cast_backward
+        return _Half(
+            self.of(_DENSE_KERNELS, matmul=up + down, memory=gate + casts),
+            self.of(
+                2 * _DENSE_KERNELS,
+                matmul=data_gradient + weight_gradient,
+                memory=gate_backward + gradient_casts + self.accumulation(hidden * (inner + width)),
+            ),
+            self.of(0),
+            self.of(2, matmul=up, memory=gate),
+            weight_gradient,
         )
-        projections = self.of(norm_kernels + 2, matmul=up, memory=norm_forward + gate)
-        return _Half(forward, backward, self.of(0), projections, weight_gradient)
 
     def expert_ffn(self) -> _Half:
         """Router, dispatch, experts, combine; shared experts as a dense network beside them."""
@@ -428,16 +487,19 @@ class _Work:
         )
         routed = self.tokens / self.sharded
         router = self.product(routed, np.full(self.size, float(moe.experts)), hidden, False)
-        shuffled = self.stream(rows * model.hidden * 2 * e * 2, 2.0)
+        shuffled = shuffled_backward = self.stream(rows * model.hidden * 2 * e * 2, 2.0)
         gate = self.stream(rows * (inner + width) * e, 1.0)
         gate_backward = self.stream(rows * (2 * inner + width) * e, 1.0)
-        casts = self.precision_casts(rows * (hidden + width))
-        gradient_casts = self.precision_casts(rows * (hidden + inner))
-        norm_forward, norm_backward, norm_kernels = self.norms(1 + (model.norm_placement == "sandwich"))
+        if self.software.operator_traffic:
+            shuffled, shuffled_backward = self.operators("routed_row", rows * model.hidden)
+            gate, gate_backward = self.operators("routed_gate", rows * width)
+        cast_forward, cast_backward = self.operators("weight", local_experts * hidden * (inner + width))
+        casts = self.precision_casts(rows * (hidden + width)) + cast_forward
+        gradient_casts = self.precision_casts(rows * (hidden + inner)) + cast_backward
+        norm_forward, norm_backward, _ = self.norms(1 + (model.norm_placement == "sandwich"))
         # Each way, each rank sends the rows of its own tokens; with tensor parallelism inside experts its group has
         # gathered them first and reduces them afterwards.
         sent = tokens / shapes.expert_tensor * moe.top_k * factor * model.hidden * e
-        sent = np.where(shapes.sequence_parallel | (shapes.expert_tensor > 1), sent, sent * 1.0)
         dispatch = self.fabric.all_to_all(sent, shapes.expert, shapes.expert_tensor)
         expert_exchange = 2.0 * dispatch * (1.0 - self.software.expert_overlap)
         gathered = rows * model.hidden * e
@@ -447,7 +509,7 @@ class _Work:
         host = self.software.expert_host_s * np.where(eight, 2.0, 1.0)
         launches = self.software.kernels_per_layer / 2 + 24
         if self.software.experts == "sequential":
-            launches = launches + 4 * float(np.max(local_experts, initial=0.0))
+            launches = launches + self.software.kernels_per_expert * float(np.max(local_experts, initial=0.0))
         forward = self.of(
             launches,
             matmul=up + down + router,
@@ -460,7 +522,7 @@ class _Work:
             2 * launches,
             matmul=data_gradient + weight_gradient + 2 * router,
             memory=norm_backward
-            + shuffled
+            + shuffled_backward
             + gate_backward
             + gradient_casts
             + self.accumulation(local_experts * hidden * (inner + width), self.software.expert_gradient_accumulation),
@@ -472,51 +534,34 @@ class _Work:
             launches, matmul=up, memory=norm_forward + shuffled / 2 + gate, expert=expert_exchange / 2
         )
         half = _Half(forward, backward, self.of(0), projections, weight_gradient)
-        if not moe.shared_experts:
+        if not model.shared_width:
             return half
-        shared = self._shared(moe.shared_experts * moe.expert_hidden / self.tensor)
+        # Shared experts or a residual network: a dense one beside the routed ones, under their norm, with exchanges of its own.
+        shared = self._dense(model.shared_width / self.tensor)
+        tensor_forward, tensor_backward = self.tensor_times()
         return _Half(
-            half.forward + shared.forward,
-            half.backward + shared.backward,
+            half.forward + shared.forward + self.of(0, tensor=tensor_forward),
+            half.backward + shared.backward + self.of(0, tensor=tensor_backward),
             half.selective,
             half.projections + shared.projections,
             half.weight_gradient + shared.weight_gradient,
         )
 
-    def _shared(self, width: FloatArray) -> _Half:
-        """Shared experts: a dense network whose norm, residual sum and exchange are the routed experts' own."""
-        model, tokens = self.model, self.tokens
-        hidden = np.full(self.size, float(model.hidden))
-        inner = width * (2 if model.gated_mlp else 1)
-        up, down = self.product(tokens, inner, hidden), self.product(tokens, hidden, width)
-        data_gradient = self.product(tokens, hidden, inner) + self.product(tokens, width, hidden)
-        weight_gradient = self.product(inner, hidden, tokens) + self.product(hidden, width, tokens)
-        e = self.activation_bytes
-        gate = self.stream(tokens * (inner + width) * e, 1.0)
-        tensor_forward, tensor_backward = self.tensor_times()
-        return _Half(
-            self.of(4, matmul=up + down, memory=gate, tensor=tensor_forward),
-            self.of(8, matmul=data_gradient + weight_gradient, memory=1.5 * gate, tensor=tensor_backward),
-            self.of(0),
-            self.of(2, matmul=up, memory=gate),
-            weight_gradient,
-        )
-
     # --- whole layers, and what stands before and behind them ---------------------------------------------------------
 
     def layer(self, attention: _Half, ffn: _Half) -> LayerTimes:
-        launch = self.software.launch_s
+        launch, own = self.software.launch_s, self.kernels.host_is_device
         # Hosts that launch as fast as they can meet at each exchange of the tensor-parallel ranks, two a pass.
         skew = np.where(2 * self.tensor > self.fabric.node_devices, 2.0 * self.software.socket_skew_s, 0.0)
         forward, backward = attention.forward + ffn.forward, attention.backward + ffn.backward
         selective = attention.selective + ffn.selective
         projections = attention.projections + ffn.projections
-        plain = backward.settled(launch, skew)
+        plain = backward.settled(launch, skew, own)
         recompute = [np.zeros_like(plain)]
         for again, exchanges in ((selective, 0.0), (projections, 0.0), (forward, skew)):
-            recompute.append((backward + again).settled(launch, skew + exchanges) - plain)
+            recompute.append((backward + again).settled(launch, skew + exchanges, own) - plain)
         return LayerTimes(
-            forward.settled(launch, skew), plain, tuple(recompute), attention.weight_gradient + ffn.weight_gradient
+            forward.settled(launch, skew, own), plain, tuple(recompute), attention.weight_gradient + ffn.weight_gradient
         )
 
     def embedding(self) -> FloatArray:
@@ -534,15 +579,18 @@ class _Work:
         vocab = np.full(self.size, float(model.vocab)) / self.tensor
         hidden = np.full(self.size, float(model.hidden))
         logits = tokens * vocab
-        # Fused: logits are read twice and their gradient written once. Unfused, in fp32 (the vocabulary-parallel loss of
-        # Shoeybi et al. 2019): cast, maximum, difference, exponential, sum, quotient; backward copy, scale, cast.
+        # Fused: logits are read twice and their gradient written once. Unfused, in fp32 (the vocabulary-parallel loss
+        # of Shoeybi et al. 2019): cast, maximum, difference, exponential, sum, quotient; backward copy, scale, cast.
         fused = self.software.cross_entropy == "fused"
         forward_bytes, backward_bytes = (8.0, 6.0) if fused else (46.0, 30.0)
         forward, backward = self.empty(), self.empty()
         forward[_MATMUL] = self.product(tokens, vocab, hidden, False)
         backward[_MATMUL] = self.product(tokens, hidden, vocab, False) + self.product(vocab, hidden, tokens, False)
         forward[_MEMORY] = self.stream(logits * forward_bytes, 3.0)
-        backward[_MEMORY] = self.stream(logits * backward_bytes, 3.0) + self.accumulation(vocab * hidden)
+        backward[_MEMORY] = self.stream(logits * backward_bytes, 3.0)
+        if self.software.operator_traffic:
+            forward[_MEMORY], backward[_MEMORY] = self.operators("logits", logits)
+        backward[_MEMORY] += self.accumulation(vocab * hidden)
         size = tokens * model.hidden * self.activation_bytes
         gathered = self.fabric.all_gather(size, self.tensor, self.one)
         forward[_TENSOR] = np.where(self.shapes.sequence_parallel, gathered, 0.0)

@@ -69,7 +69,8 @@ class Fabric:
 
     def placement(self, ranks: IntArray, stride: IntArray) -> IntArray:
         """How many ranks of a group share one scale-up domain."""
-        return np.asarray(np.clip(self.domain // np.maximum(stride, 1), 1, ranks))
+        inside: IntArray = np.clip(self.domain // np.maximum(stride, 1), 1, ranks)
+        return inside
 
     def _rate(self, ranks: IntArray, stride: IntArray) -> FloatArray:
         """A device's rate into the network, less what an oversubscribed level leaves to groups that cross it."""

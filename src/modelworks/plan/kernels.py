@@ -130,6 +130,8 @@ class Kernels:
     """Memory-bound kernels over bytes moved."""
     links: dict[str, Link]
     link_bandwidth_bytes: float | None
+    host_is_device: bool
+    """Whether what the host takes to launch kernels adds to their time, as on a processor, or runs beside it."""
 
     def gemm(self, m: ArrayLike, n: ArrayLike, k: ArrayLike, precision: ProductPrecision) -> Seconds:
         """Time of one product of (m, k) by (k, n); in training m is tokens, n the output and k the inner width.
@@ -193,6 +195,24 @@ class Kernels:
         if latent and self.latent_attention is not None:
             surface = np.where(head_dim == value_dim, surface, self.latent_attention.at(all_queries, seen))
         return np.asarray(reference / surface)
+
+    def attention_passes(
+        self,
+        batch: ArrayLike,
+        seq: ArrayLike,
+        heads: ArrayLike,
+        kv_heads: ArrayLike,
+        head_dim: ArrayLike,
+        precision: Precision,
+        backward_ratio: float,
+        softcap: bool = False,
+    ) -> tuple[Seconds, Seconds]:
+        """Times of causal attention's forward pass and of its backward pass, which takes `backward_ratio` of it.
+
+        A GPU's fused kernels cap the logits in passing; a processor's `softcap` attention is another one.
+        """
+        forward = self.attention(batch, seq, seq, heads, kv_heads, head_dim, True, precision)
+        return forward, np.asarray(forward * backward_ratio)
 
     def memory_bound(self, bytes_moved: ArrayLike) -> Seconds:
         """Time of one kernel that reads and writes `bytes_moved` in all and computes next to nothing."""
@@ -269,6 +289,7 @@ def kernels_for(device: DeviceSpec) -> Kernels:
         streams=tables.streams,
         links=tables.links,
         link_bandwidth_bytes=bandwidth,
+        host_is_device=device.kind == "cpu",
     )
 
 

@@ -107,7 +107,7 @@ def layouts(count: int | None = None, **given: Any) -> Layouts:
     values.setdefault("schedule", np.where(np.asarray(values["virtual_stages"]) > 1, 1, 0))
     values.setdefault("shards", np.asarray(values["data"]) * np.asarray(values["context"]))
     arrays = np.broadcast_arrays(*(np.atleast_1d(np.asarray(value)) for value in values.values()))
-    kinds = {"recompute_share": np.float64, "sequence_parallel": np.bool_}
+    kinds: dict[str, Any] = {"recompute_share": np.float64, "sequence_parallel": np.bool_}
     out: dict[str, Any] = {
         name: np.ascontiguousarray(array, dtype=kinds.get(name, np.int64))
         for name, array in zip(values, arrays, strict=True)
@@ -168,5 +168,5 @@ def fits_model(model: ModelSpec, seq_len: int, global_batch: int | IntArray, can
     else:
         widths += [moe.experts % c.expert == 0, moe.expert_hidden % c.expert_tensor == 0]
         widths += [group % (c.expert * c.expert_tensor) == 0, c.expert_tensor <= c.tensor]
-    divides: BoolArray = np.logical_and.reduce(widths)
-    return divides
+    fits: BoolArray = np.logical_and.reduce(widths)
+    return fits

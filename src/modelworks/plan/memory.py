@@ -199,7 +199,8 @@ class KeptBytes:
         """Bytes of a stage for each candidate."""
         place = candidates.recompute * self.base.shape[1] + of_kept
         saved = self.saved[stage].reshape(-1).take(place)
-        return np.asarray(self.base[stage].take(of_kept) - candidates.recompute_share * saved)
+        held: FloatArray = self.base[stage].take(of_kept) - candidates.recompute_share * saved
+        return held
 
 
 def kept_bytes(setting: Setting, candidates: Layouts, stages: Stages, micro_batches: IntArray) -> KeptBytes:
@@ -268,7 +269,7 @@ def activation_bytes(
         rows = moe.top_k * factor * c.expert_tensor / t
         width = moe.expert_hidden / c.expert_tensor
         experts = norm_outputs + rows * (hidden * (low + e) + width * (inner * e + low))
-        experts = experts + moe.shared_experts * moe.expert_hidden / t * (inner * e + low)
+        experts = experts + model.shared_width / t * (inner * e + low)
     outside = norm_inputs + masks
     input_only = hidden * e / s
     wholes, less = [], []

@@ -18,6 +18,7 @@ from modelworks.plan.collectives import fabric
 from modelworks.plan.cost import Cost, run_cost
 from modelworks.plan.kernels import kernels_for
 from modelworks.plan.layout import PRECISIONS, RECOMPUTE, SCHEDULES, Layouts
+from modelworks.plan.local import measured_on, with_overheads
 from modelworks.plan.memory import MEMORY, stages_memory
 from modelworks.plan.pipeline import deal_layers
 from modelworks.plan.search import GROUP, Found, Space, pareto, search
@@ -96,7 +97,11 @@ def setting_for(
 ) -> Setting:
     """What steps of a model on a cluster are evaluated on."""
     calibration = calibration or calibration_spec()
-    kernels = kernels_for(device)
+    if device.kind == "cpu":
+        kernels = measured_on(device, cluster.gpus)
+        software = with_overheads(software, device, cluster.gpus)
+    else:
+        kernels = kernels_for(device)
     network = fabric(cluster, kernels, calibration)
     return Setting(model, seq_len, device, kernels, network, software, calibration, optimizer)
 
@@ -603,8 +608,11 @@ def _notes(run: RunSpec, setting: Setting, devices: int, best: Candidate) -> tup
             f"{run.cluster.gpus - devices:,} of {run.cluster.gpus:,} devices stay idle: no layout of all of them is "
             "faster with this batch"
         )
-    if setting.device.name == "local" and setting.device.kind == "cpu" and not hardware_file().is_file():
-        notes.append("this machine has not been measured: modelworks bench does it")
+    if run.cluster.device == "local" and setting.device.kind == "cpu":
+        if hardware_file().is_file():
+            notes.append(f"measured by {catalog.entry('hardware', str(hardware_file())).provenance.source}")
+        else:
+            notes.append("this machine has not been measured: modelworks bench does it")
     if best.memory_bytes > 0.95 * setting.device.memory_bytes:
         notes.append("the memory is filled to more than 95 %: expect the allocator to struggle")
     return tuple(notes)

@@ -259,7 +259,7 @@ def _exchanges(
     gradient = float(software.gradient_bytes)
     fp32 = c.precision == PRECISIONS.index("fp32")
     gradient_bytes = np.where(fp32, 4.0, gradient)
-    weight_bytes = np.where(fp32, 4.0, min(2.0, float(software.parameter_bytes)))
+    weight_bytes = np.where(fp32, 4.0, float(software.gathered_bytes or min(2, software.parameter_bytes)))
     shards, groups = np.minimum(c.shards, replicas), np.maximum(1, replicas // np.maximum(1, c.shards))
 
     def reduce(size: FloatArray, ranks: IntArray, stride: IntArray) -> FloatArray:
@@ -267,13 +267,28 @@ def _exchanges(
             c.zero_stage == 0, fabric.all_reduce(size, ranks, stride), fabric.reduce_scatter(size, ranks, stride)
         )
 
+    if software.data_messages == "layer":
+        # One exchange for each layer and one for what stands beside the layers; experts go with their layer.
+        together = c.expert * c.expert_tensor == 1
+        messages = 1.0 + np.maximum(1.0, middle.layers)
+        plain, experts = np.where(together, plain + experts, plain), np.where(together, 0.0, experts)
+    else:
+        messages = np.ones(len(c))
+    plain, experts = plain / messages, experts / messages
     reduced = reduce(plain * gradient_bytes, shards, c.tensor)
     reduced = reduced + fabric.all_reduce(plain * gradient_bytes / shards, groups, c.tensor * shards)
-    reduced = reduced + np.where(experts > 0, reduce(experts * gradient_bytes, expert_replicas, expert_stride), 0.0)
-    gathered = fabric.all_gather(plain * weight_bytes, shards, c.tensor)
-    gathered = gathered + np.where(
-        experts > 0, fabric.all_gather(experts * weight_bytes, expert_replicas, expert_stride), 0.0
+    reduced = messages * (
+        reduced + np.where(experts > 0, reduce(experts * gradient_bytes, expert_replicas, expert_stride), 0.0)
     )
+    gathered = fabric.all_gather(plain * weight_bytes, shards, c.tensor)
+    gathered = messages * (
+        gathered + np.where(experts > 0, fabric.all_gather(experts * weight_bytes, expert_replicas, expert_stride), 0.0)
+    )
+    if software.exchange_copies:
+        # Several processes alone fill and empty buffers.
+        copied = np.where(replicas > 1, messages * software.exchange_copies * (plain + experts), 0.0)
+        reduced = reduced + setting.kernels.memory_bound(copied * gradient_bytes)
+        gathered = gathered + setting.kernels.memory_bound(copied * weight_bytes)
     gathered = np.where(c.zero_stage == 0, 0.0, gathered)
     tied = np.zeros(len(c))
     # Tied embeddings stand in the first and the last stage, and their gradients are summed over both.
@@ -324,7 +339,8 @@ def _exposed(
         always = rounds * (exposed + (slow - 1.0) * np.maximum(0.0, moved - exposed))
     else:
         always = rounds * moved
-    return np.asarray(np.where(c.zero_stage == 3, always, once) + states.tied.take(of_state))
+    exposed_s: FloatArray = np.where(c.zero_stage == 3, always, once) + states.tied.take(of_state)
+    return exposed_s
 
 
 def _optimizer(setting: Setting, c: Layouts, parameters: tuple[StageParameters, ...]) -> FloatArray:

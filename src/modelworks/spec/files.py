@@ -154,6 +154,14 @@ def _from_folder(path: str, folder: Path | None) -> str:
     return str((folder or Path()).absolute() / Path(path).expanduser())
 
 
+def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Plain values of a run spec with ``"a.b=value"`` set in them."""
+    changed = dict(values)
+    for override in overrides:
+        _override(changed, override)
+    return changed
+
+
 def _override(values: dict[str, Any], override: str) -> None:
     """Set ``a.b=value`` in plain values."""
     field, equals, text = override.partition("=")
@@ -161,7 +169,7 @@ def _override(values: dict[str, Any], override: str) -> None:
     known = [*dotted_keys(RunSpec), "model.hf"]
     if not equals or not field:
         raise InputError(f"--set {override!r} is not accepted: it is written field=value, such as train.seq_len=512")
-    if field not in known and not field.startswith(("model.rope_scaling.",)):
+    if field not in known and not field.startswith(("model.rope_scaling.", "simulate.causes.")):
         raise InputError(
             f"--set {field}: unknown field; "
             + nearest(field, known, [k for k in known if k.rsplit(".", 1)[-1] == field])

@@ -29,13 +29,13 @@ def forward_flop_per_token(model: ModelSpec, seq_len: int) -> float:
 
 
 def attention_flop_per_token(model: ModelSpec, seq_len: int) -> float:
-    """FLOPs of one layer's scores and weighted values for one token, over half of the sequence."""
+    """FLOPs of one layer's scores and weighted values for one token, over the tokens that it attends to."""
     if model.latent_attention is None:
         widths = 2 * model.head_dim
     else:
         mla = model.latent_attention
         widths = mla.nope_head_dim + mla.rope_head_dim + mla.value_head_dim
-    return 2.0 * model.heads * widths * seq_len / 2
+    return 2.0 * model.heads * widths * model.attended(seq_len)
 
 
 def _attention_weights(model: ModelSpec) -> int:
@@ -56,6 +56,6 @@ def _feed_forward_weights(model: ModelSpec) -> int:
     weights = model.dense_layers * matrices * model.hidden * model.ffn_hidden
     if model.moe is not None:
         moe = model.moe
-        visited = (moe.top_k + moe.shared_experts) * matrices * model.hidden * moe.expert_hidden
+        visited = matrices * model.hidden * (moe.top_k * moe.expert_hidden + model.shared_width)
         weights += model.moe_layers * (visited + model.hidden * moe.experts)
     return weights

@@ -27,6 +27,8 @@ class MoESpec(Section):
     """Width of one expert."""
     shared_experts: NonNegativeInt = 0
     """Experts of the same width that every token passes through (DeepSeek)."""
+    residual: bool = False
+    """Whether a dense feed-forward network of the model's `ffn_hidden` stands beside the experts (Grok-2)."""
     dense_layers: NonNegativeInt = 0
     """How many of the first layers keep a dense feed-forward network of the model's `ffn_hidden`."""
     renormalize: bool = False
@@ -98,6 +100,8 @@ class ModelSpec(Section):
     """`c` in `c * tanh(logits / c)`."""
     attention_bias: bool = False
     mlp_bias: bool = False
+    sliding_window: PositiveInt | None = None
+    """How many tokens attention looks back on, itself included, in every layer (Mistral 7B); unset for all."""
     latent_attention: LatentAttentionSpec | None = None
     embedding_multiplier: PositiveFloat = 1.0
     output_multiplier: PositiveFloat = 1.0
@@ -145,6 +149,18 @@ class ModelSpec(Section):
         return self.layers - self.moe_layers
 
     @property
+    def shared_width(self) -> int:
+        """Width of the dense networks that every token passes through beside the experts it is sent to."""
+        if self.moe is None:
+            return 0
+        return self.moe.shared_experts * self.moe.expert_hidden + (self.ffn_hidden if self.moe.residual else 0)
+
+    def attended(self, seq_len: int) -> float:
+        """How many tokens one token of a causal sequence attends to on average: half, or up to a window of them."""
+        window = min(self.sliding_window or seq_len, seq_len)
+        return window - window**2 / (2.0 * seq_len)
+
+    @property
     def attention_scale(self) -> float:
         """What attention logits are multiplied with."""
         return self.attention_multiplier or self.head_dim**-0.5
@@ -168,6 +184,7 @@ class ParameterCount:
     experts: int
     """All routed experts."""
     shared_experts: int
+    """All that every token passes through beside routed experts."""
     router: int
     norms: int
     active_experts: int
@@ -229,7 +246,7 @@ def count_parameters(model: ModelSpec) -> ParameterCount:
         attention=layers * attention,
         dense_ffn=model.dense_layers * (matrices * hidden * model.ffn_hidden + ffn_bias),
         experts=moe_layers * expert * moe.experts if moe else 0,
-        shared_experts=moe_layers * expert * moe.shared_experts if moe else 0,
+        shared_experts=moe_layers * matrices * hidden * model.shared_width,
         router=moe_layers * router,
         norms=layers * norms_per_layer + norm_size,
         active_experts=moe_layers * expert * moe.top_k if moe else 0,

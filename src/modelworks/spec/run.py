@@ -14,6 +14,7 @@ from pydantic import AfterValidator, Field, model_validator
 from modelworks.spec.fields import Bytes, Count, Duration, Fraction, PositiveFloat, PositiveInt, Section
 from modelworks.spec.hardware import ClusterSpec
 from modelworks.spec.model import ModelSpec
+from modelworks.spec.simulation import SimulateSpec
 
 Degree = PositiveInt | Literal["auto"]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -176,6 +177,7 @@ class RunSpec(Section):
     parallel: ParallelSpec = ParallelSpec()
     checkpoint: CheckpointSpec = CheckpointSpec()
     release: ReleaseSpec = ReleaseSpec()
+    simulate: SimulateSpec = SimulateSpec()
 
     @model_validator(mode="after")
     def _divisible(self) -> RunSpec:

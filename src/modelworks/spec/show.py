@@ -7,7 +7,7 @@ terminal: the fields, and below them the sources they refer to by number.
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -16,7 +16,7 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
-from modelworks.spec import catalog
+from modelworks.spec import catalog, facts
 from modelworks.spec.catalog import Entry, Fact
 from modelworks.spec.errors import InputError
 from modelworks.spec.fields import Section, nearest
@@ -25,14 +25,23 @@ from modelworks.spec.model import ModelSpec
 from modelworks.spec.run import RunSpec
 
 _DEFAULT = Fact(source="Modelworks: the field's default, or what follows from other fields", certainty="assumed")
-_READERS = {"models": model_spec, "hardware": device_spec, "clusters": cluster_spec}
+_READERS: dict[str, Callable[[str], Section]] = {
+    "models": model_spec,
+    "hardware": device_spec,
+    "clusters": cluster_spec,
+    "failures": facts.failures,
+    "parts": facts.parts,
+    "part-prices": facts.prices,
+    "top500": facts.top500_machine,
+    "observations": facts.published_run,
+}
 
 
 @dataclass(frozen=True)
 class SourcedSpec:
     """A complete spec and the source of each of its fields (dotted names)."""
 
-    kind: Literal["run", "models", "hardware", "clusters"]
+    kind: Literal["run"] | catalog.Kind
     name: str
     spec: Section
     sources: Mapping[str, Fact]
@@ -75,7 +84,7 @@ def sourced(name: str) -> SourcedSpec:
         return SourcedSpec("models", model.name, model, {field: stated for field, _ in _leaves(_dump(model))})
     entry = _find(name)
     spec = _READERS[entry.kind](entry.name)
-    return SourcedSpec(entry.kind, entry.name, spec, _entry_sources(entry, _dump(spec)))  # type: ignore[arg-type]
+    return SourcedSpec(entry.kind, entry.name, spec, _entry_sources(entry, _dump(spec)))
 
 
 def page(shown: SourcedSpec) -> Group:

@@ -12,8 +12,31 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from modelworks.spec.fields import Fraction, PositiveFloat, Section
+from modelworks.spec.hardware import Precision
 
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Passes = Annotated[list[NonNegativeFloat], Field(min_length=2, max_length=2)]
+"""Of a forward and of a backward pass."""
+
+
+class OperatorTraffic(Section):
+    """Bytes that operators which nothing fuses read and write together, for each element, forward and backward."""
+
+    norm: Passes
+    """Of a normalisation's input."""
+    residual: Passes
+    """Of half a layer's input: the residual sum; backward the sums of gradients of what was used more than once."""
+    rotary: Passes
+    """Of queries and keys."""
+    gate: Passes
+    """Of a dense feed-forward network's width: the activation and its product."""
+    routed_row: Passes
+    """Of the rows sent to experts: sorting them and bringing them back."""
+    routed_gate: Passes
+    """Of the experts' width."""
+    logits: Passes
+    weight: Passes = [0.0, 0.0]
+    """Of matrices that are cast at each use, and their gradients."""
 
 
 class SoftwareSpec(Section):
@@ -29,6 +52,8 @@ class SoftwareSpec(Section):
     """Whether normalisation, activation and residual kernels join what can be joined."""
     stream_factor: PositiveFloat = 1.0
     """Memory traffic of its element-wise kernels over that of the kernels counted in `plan/block.py`."""
+    operator_traffic: dict[Precision, OperatorTraffic] = {}
+    """Instead of the kernels counted in `plan/block.py`, by the precision of the matrices; `fp32` stands for others."""
     cross_entropy: Literal["fused", "unfused"] = "fused"
     dropout: bool = False
     gradient_accumulation: Literal["fused", "unfused"] = "fused"
@@ -37,6 +62,8 @@ class SoftwareSpec(Section):
     """Of the running sum, and of its reduction over replicas."""
     parameter_bytes: Literal[1, 2, 4] = 2
     """Of the weights that forward and backward use; 4 where they are cast at each use."""
+    gathered_bytes: Literal[1, 2, 4] | None = None
+    """Of the weights that ranks gather; unset, `parameter_bytes` and 2 at most."""
     master_weights: bool = True
     """Whether the optimizer keeps fp32 weights beside them."""
     kernels_per_layer: PositiveFloat = 15.0
@@ -53,6 +80,10 @@ class SoftwareSpec(Section):
     tensor_overlap_backward: Fraction = 0.0
     data_overlap: bool = True
     """Whether gradients are reduced (and sharded parameters gathered) while the backward (forward) pass computes."""
+    data_messages: Literal["whole", "layer"] = "whole"
+    """Whether replicas exchange so much at once that latency doesn't count, or each layer by itself."""
+    exchange_copies: NonNegativeFloat = 0.0
+    """Memory traffic of the buffers that replicas fill before an exchange and empty behind it, over its bytes."""
     pipeline_overlap: bool = True
     """Whether activations travel between stages while the next micro batch computes."""
     expert_overlap: Fraction = 0.0
@@ -61,6 +92,8 @@ class SoftwareSpec(Section):
     """What the device waits for the host in each pass through a layer of experts, whose counts come to the host; twice
     that in fp8, whose products launch casts and transposes beside them."""
     experts: Literal["grouped", "sequential"] = "grouped"
+    kernels_per_expert: NonNegativeFloat = 4.0
+    """Kernels that each expert adds to a forward pass where experts are `sequential`."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """What it shards if the run doesn't say."""
     recompute: Literal["none", "selective", "projections", "full"] = "none"

@@ -6,6 +6,7 @@ Each block is compiled by itself: they are alike, so the first one's compilation
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -17,18 +18,37 @@ from torch import Tensor
 from modelworks.model.decoder import Decoder
 
 logger = logging.getLogger(__name__)
+THREAD_FLOPS = 1e11
+"""About what a CPU's thread does per second in fp32 with AVX-512; a guess on a run's length needs no more."""
+WORTHWHILE_S = 900.0
+"""A run that is expected to be shorter isn't compiled by itself: it wins less than a tenth of this."""
 
 
-def wanted(stated: bool | Literal["auto"], device: torch.device) -> bool:
-    """Whether to compile: as stated, and by itself on a GPU only.
+def wanted(stated: bool | Literal["auto"], device: torch.device, flop: float, max_time_s: float | None) -> bool:
+    """Whether to compile: as stated, and by itself where the run is long enough to win its compilation back.
 
-    On a CPU the blocks' time is in matrix multiplications that a compiler leaves as they are, and a compilation takes
-    as long as hundreds of small steps.
+    On a GPU it always is. On a CPU compiled blocks take some tenth off a step (norms, rotations and activations in one
+    pass over memory each; the matmuls stay what they are) and their compilation half a minute to a minute. The rule
+    looks at the spec and the number of threads alone, so that a resumed run decides as it did before.
+
+    Parameters
+    ----------
+    stated
+        ``train.compile``.
+    device
+        What the network is on.
+    flop
+        Of the whole training.
+    max_time_s
+        ``train.max_time``, where there is one.
     """
+    if device.type == "cuda":
+        return stated is not False
     if stated == "auto":
-        return device.type == "cuda"
-    if stated and device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
-        logger.warning("train.compile = true: there is no C++ compiler here (g++); going on without")
+        expected_s = flop / (torch.get_num_threads() * THREAD_FLOPS)
+        stated = min(expected_s, math.inf if max_time_s is None else max_time_s) >= WORTHWHILE_S
+    if stated and shutil.which(os.environ.get("CXX", "g++")) is None:
+        logger.warning("train.compile: there is no C++ compiler here (g++); going on without")
         return False
     return stated
 

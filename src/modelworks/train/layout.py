@@ -80,6 +80,7 @@ def layout(spec: RunSpec, processes: int) -> Layout:
             f"train.micro_batch = {micro} is not accepted on {data} data-parallel processes: a divisor of "
             f"{spec.train.global_batch // data}, each one's share of train.global_batch, is"
         )
+    _refuse_what_does_not_divide(spec, data)
     one = {name: 1 if (degree := getattr(parallel, name)) == "auto" else degree for name in _WITHOUT_REST}
     zero_stage = 1 if parallel.zero_stage == "auto" else parallel.zero_stage
     return Layout(data=data, shard=shard, zero_stage=zero_stage, **one)
@@ -103,3 +104,37 @@ def _shard(spec: RunSpec, data: int) -> int:
     if data % shard:
         raise InputError(f"parallel.shard = {shard} is not accepted: a divisor of the data-parallel degree {data} is")
     return shard
+
+
+def _refuse_what_does_not_divide(spec: RunSpec, data: int) -> None:
+    """Refuse degrees of tensor, context and expert parallelism that leave a process without an equal part."""
+    parallel, model = spec.parallel, spec.model
+    degree = {name: 1 if (value := getattr(parallel, name)) == "auto" else value for name in _WITHOUT_REST}
+    tensor, context, expert, expert_tensor = (degree[name] for name in ("tensor", "context", "expert", "expert_tensor"))
+    if tensor > 1 and not parallel.sequence_parallel:
+        raise InputError("parallel.sequence_parallel = false is not accepted with parallel.tensor above 1: true is")
+    sizes = [
+        (spec.train.seq_len, "train.seq_len", tensor * context, "parallel.tensor x parallel.context"),
+        (model.vocab, "model.vocab", tensor, "parallel.tensor"),
+    ]
+    if model.dense_layers:
+        sizes.append((model.ffn_hidden, "model.ffn_hidden", tensor, "parallel.tensor"))
+    for size, what, parts, names in sizes:
+        if size % parts:
+            raise InputError(f"{names} = {parts} is not accepted: it doesn't divide {what} = {size}")
+    if expert_tensor not in (1, tensor):
+        accepted = " or ".join(map(str, dict.fromkeys((1, tensor))))
+        raise InputError(
+            f"parallel.expert_tensor = {expert_tensor} is not accepted with parallel.tensor = {tensor}: {accepted} is"
+        )
+    members = data * context * (tensor if expert_tensor == 1 else 1)
+    if members % expert:
+        raise InputError(
+            f"parallel.expert = {expert} is not accepted: a divisor of the {members} processes that hold tokens is"
+        )
+    shard = _shard(spec, data) * members // data
+    if spec.parallel.zero_stage > 0 and shard % expert and expert % shard:
+        raise InputError(
+            f"parallel.expert = {expert} is not accepted with parallel.shard = {shard * data // members}: it and the "
+            f"{shard} processes that share weights must divide one another"
+        )

@@ -105,14 +105,17 @@ def refuse_unsupported(spec: RunSpec, processes: int) -> None:
             "for each"
         )
     degrees = layout(spec, processes)
-    for field in ("tensor", "pipeline", "context", "expert", "expert_tensor"):
-        if (degree := getattr(degrees, field)) != 1:
-            raise InputError(
-                f"parallel.{field} = {degree} is not accepted: train splits over data alone, which takes 1"
-            )
-    if spec.parallel.recompute not in ("none", "auto"):
+    if degrees.pipeline != 1:
+        raise InputError(f"parallel.pipeline = {degrees.pipeline} is not accepted: train has no pipeline yet: 1 is")
+    if spec.train.compile is True and processes > 1:
+        # Compiled blocks between collectives are known to have given wrong gradients without a word.
         raise InputError(
-            f"parallel.recompute = {spec.parallel.recompute!r} is not accepted: train keeps activations: none"
+            f"train.compile = true is not accepted on {processes} processes ({degrees.describe()}): auto is"
+        )
+    if spec.parallel.recompute in ("selective", "projections"):
+        raise InputError(
+            f"parallel.recompute = {spec.parallel.recompute!r} is not accepted: attention's scores are never kept; "
+            "none or full is"
         )
 
 
@@ -140,8 +143,8 @@ class Trainer:
         torch.manual_seed(self.train_spec.seed)
         self.decoder = Decoder(self.spec.model)
         self.decoder.initialize(self.train_spec.seed)
-        self.parallel.apply(self.decoder)
-        self.optimizers = Optimizers(self.decoder, self.train_spec, self.precision.dtype)
+        self.parallel.apply(self.decoder, recompute=self.spec.parallel.recompute == "full")
+        self.optimizers = Optimizers(self.decoder, self.train_spec, self.precision.dtype, self.parallel.whole)
         self.last_checkpoint = self._resume() if session.resume else None
         self.log = self._open_log()
         self._peak_flops = peak_flops(self.precision.name, self.ranks.world)
@@ -187,7 +190,8 @@ class Trainer:
         begin, count = self.parallel.share(spec.global_batch)
         sequences = self.data.sequences("train", self.step * spec.global_batch + begin, count, spec.seq_len, spec.seed)
         total, cross_entropy, load_balance, router_z, loads = self._gradients(torch.from_numpy(sequences))
-        norm = self.parallel.clip(self.decoder.parameters(), spec.clip or math.inf)
+        self.parallel.finish_gradients()
+        norm = self.parallel.clip(self.decoder, spec.clip or math.inf)
         if not math.isfinite(total) or not math.isfinite(norm):
             raise OperationError(
                 f"the loss is {total} and the gradient's norm {norm} at step {self.step + 1}; the last checkpoint is "
@@ -250,7 +254,8 @@ class Trainer:
         def cross_entropy(sequences: Tensor) -> float:
             return float(self._losses(sequences).cross_entropy)
 
-        self.validation_bpb = self.validation.bits_per_byte(cross_entropy)
+        with torch.compiler.set_stance("force_eager"):  # its last batch has a shape of its own
+            self.validation_bpb = self.validation.bits_per_byte(cross_entropy)
         self._add_elapsed(time.perf_counter() - begun)
         return self.validation_bpb
 
@@ -309,7 +314,9 @@ class Trainer:
         return self.ranks.of_first(time.monotonic() - self._saved_at) >= spec.every
 
     def _tensors(self) -> dict[str, Tensor]:
-        state = {f"model.{name}": tensor for name, tensor in self.decoder.state_dict().items()}
+        state = {
+            f"model.{name}": self.parallel.whole(name, tensor) for name, tensor in self.decoder.state_dict().items()
+        }
         state |= {f"optimizer.{name}": tensor for name, tensor in self.optimizers.state().items()}
         return state | {"random.torch": torch.get_rng_state()}
 
@@ -365,7 +372,8 @@ class Trainer:
         return resolve("bf16" if self.ranks.of_first(float(mine.name == "bf16")) else "fp32")
 
     def _compile(self) -> None:
-        if wanted(self.train_spec.compile, torch.device("cpu")):
+        spec, flop = self.train_spec, self._flop_per_token * self.train_spec.steps * self.train_spec.tokens_per_step
+        if wanted(spec.compile, torch.device("cpu"), flop, spec.max_time):
             self.session.report(message="compiling the network")
             self.view.show(self.session.status)
             probe = self.data.sequences("train", 0, self.micro_batch, self.train_spec.seq_len, self.train_spec.seed)

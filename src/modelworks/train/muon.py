@@ -68,6 +68,8 @@ class Muon(torch.optim.Optimizer):
     ) -> None:
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self._dtype = dtype
+        self.whole: Callable[[Tensor, Tensor], Tensor] = lambda parameter, part: part
+        """From a parameter and what this process holds of its update to the whole update, if that is elsewhere too."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.ndim < 2:
@@ -92,10 +94,11 @@ class Muon(torch.optim.Optimizer):
             state["momentum"] = torch.zeros_like(gradient)
         momentum = state["momentum"]
         momentum.lerp_(gradient, 1 - group["momentum"])
-        update = self._orthogonal(gradient.lerp(momentum, group["momentum"]))
-        rows, columns = parameter.shape[-2:]
+        update = self.whole(parameter, gradient.lerp(momentum, group["momentum"]))
+        rows, columns = update.shape[-2:]
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.add_(update, alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
+        alpha = -group["lr"] * max(1.0, rows / columns) ** 0.5
+        _local(parameter).add_(_local(self._orthogonal(update)), alpha=alpha)
 
     def _orthogonal(self, update: Tensor) -> Tensor:
         """`orthogonalize`, also of an update that is split over processes.
@@ -113,3 +116,7 @@ class Muon(torch.optim.Optimizer):
             )
         whole = orthogonalize(update.full_tensor(), dtype=self._dtype)
         return distribute_tensor(whole, update.device_mesh, update.placements, src_data_rank=None)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -7,6 +7,7 @@ every group's peak, so that nothing about the schedule needs to be stored.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,9 +28,19 @@ class Optimizers:
         Names the optimizer, the peaks and the decay.
     muon_dtype
         What Muon's iteration multiplies in.
+    whole
+        From a parameter's name and what this process holds of a tensor like it to the whole tensor, where parameters
+        are split over processes.
     """
 
-    def __init__(self, network: nn.Module, spec: TrainSpec, muon_dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        spec: TrainSpec,
+        muon_dtype: torch.dtype = torch.float32,
+        whole: Callable[[str, Tensor], Tensor] = lambda name, part: part,
+    ) -> None:
+        self._whole = whole
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in network.named_parameters()}
         matrices = [p for name, p in network.named_parameters() if spec.optimizer == "muon" and _is_muons(name, p)]
         moved = set(matrices)
@@ -40,7 +51,7 @@ class Optimizers:
         ]
         self._all: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(
-                [group for group in groups if group["params"]],
+                [part for group in groups for part in _by_mesh(group)],
                 lr=spec.learning_rate,
                 betas=(spec.beta1, spec.beta2),
                 eps=spec.epsilon,
@@ -49,7 +60,9 @@ class Optimizers:
         ]
         if matrices:
             peak, decay = spec.matrix_learning_rate, spec.weight_decay
-            self._all.append(Muon(matrices, lr=peak, weight_decay=decay, dtype=muon_dtype))
+            muon = Muon(matrices, lr=peak, weight_decay=decay, dtype=muon_dtype)
+            muon.whole = lambda parameter, part: whole(self._names[parameter], part)
+            self._all.append(muon)
         self._groups = [(group, group["lr"]) for optimizer in self._all for group in optimizer.param_groups]
 
     def step(self, factor: float) -> None:
@@ -67,7 +80,7 @@ class Optimizers:
     def state(self) -> dict[str, Tensor]:
         """The state as tensors, by ``parameter's name / what it is``; the tensors are the optimizers' own."""
         return {
-            f"{self._names[parameter]}/{kind}": value
+            f"{self._names[parameter]}/{kind}": self._whole(self._names[parameter], value)
             for optimizer in self._all
             for parameter, kinds in optimizer.state.items()
             for kind, value in kinds.items()
@@ -81,6 +94,14 @@ class Optimizers:
         self.step(0.0)
         self.zero_grad()
         return self.state()
+
+
+def _by_mesh(group: dict[str, Any]) -> list[dict[str, Any]]:
+    """A group as several whose parameters are split over the same processes, since one fused step takes such alone."""
+    parts: dict[object, list[Tensor]] = {}
+    for parameter in group["params"]:
+        parts.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+    return [{**group, "params": parameters} for parameters in parts.values()]
 
 
 def _is_muons(name: str, parameter: Tensor) -> bool:

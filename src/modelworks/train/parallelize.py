@@ -1,25 +1,59 @@
 """Applies a layout to a network from outside; the network's own file knows nothing of it.
 
-Data parallelism is PyTorch's FSDP2 at every ZeRO stage, a block at a time: stage 3 splits the weights and gathers a
-block's when it is needed, 2 keeps them gathered from the forward to the backward pass, 1 moreover adds up whole
-gradients over the micro batches and reduces them once, and 0 splits nothing and only averages gradients (DDP).
+Two ideas. First every process keeps its part of what tensor, expert and context ranks share (`split_network`); then
+PyTorch's FSDP2 splits the parts over data and context ranks, a block at a time, at every ZeRO stage: 3 gathers a
+block's weights when they are needed, 2 keeps them gathered from the forward to the backward pass, 1 moreover adds up
+whole gradients over the micro batches and reduces them once, and 0 splits nothing and only averages gradients (DDP).
+What a checkpoint, an optimizer or a norm needs to know of a parameter is its place: the whole tensor that it is a part
+of, as a DTensor, which any other layout can read.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import cast
 
 import torch
-from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from modelworks.model.decoder import Decoder
+from modelworks.model.experts import MixtureOfExperts
 from modelworks.train.layout import Layout
 from modelworks.train.ranks import Ranks
+from modelworks.train.recompute import recompute_blocks
+from modelworks.train.split_network import Groups, split, split_dimension
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which part of a whole tensor a process holds."""
+
+    mesh: DeviceMesh
+    placements: tuple[Placement, ...]
+    shape: torch.Size
+    """Of the whole."""
+    local_shape: torch.Size
+
+    @property
+    def parts(self) -> int:
+        """Into how many parts the whole is split."""
+        sizes = zip(self.placements, self.mesh.shape, strict=True)
+        return math.prod(size for placement, size in sizes if isinstance(placement, Shard))
+
+    def whole(self, part: Tensor) -> DTensor:
+        """The whole of which this process holds `part`; both share their memory."""
+        stride = torch.empty(self.shape, device="meta").stride()
+        return DTensor.from_local(
+            part.contiguous(), self.mesh, self.placements, run_check=False, shape=self.shape, stride=stride
+        )
 
 
 class Parallel:
@@ -35,26 +69,114 @@ class Parallel:
 
     def __init__(self, layout: Layout, ranks: Ranks) -> None:
         self.layout, self.ranks = layout, ranks
-        self.mesh: DeviceMesh | None = None
-        self.data_rank = 0
-        self._sharded: FSDPModule | None = None
+        self.data_rank = ranks.rank // (layout.context * layout.tensor) % layout.data
+        self._root: FSDPModule | None = None
+        self._places: dict[str, Place] = {}
+        self._summed: list[tuple[nn.Parameter, dist.ProcessGroup, float]] = []
+        self._scaled: list[tuple[nn.Parameter, float]] = []
+        self._routers: set[str] = set()
         if layout.processes > 1:
-            self.mesh = init_device_mesh("cpu", (layout.replicas, layout.shard), mesh_dim_names=("replicate", "shard"))
-            self.data_rank = ranks.rank
+            self._arrange()
 
-    def apply(self, decoder: Decoder) -> None:
-        """Split a network over the processes, in place. Every process must hold the same weights."""
-        if self.mesh is None:
+    def _arrange(self) -> None:
+        """The processes as grids: one for what all of a stage share, one for its experts."""
+        one, data_context = self.layout, self.layout.data * self.layout.context
+        sharded = 1 if one.zero_stage == 0 else one.shard * one.context
+        grid = torch.arange(one.processes).view(one.pipeline, data_context // sharded, sharded, one.tensor)
+        # What splits a tensor first comes first, so that FSDP's parts are parts of the others' parts.
+        self._mesh = DeviceMesh(
+            "cpu", grid.permute(0, 3, 1, 2), mesh_dim_names=("pipeline", "tensor", "replicate", "shard")
+        )
+        by_context = grid.view(-1, one.context, one.tensor).permute(0, 2, 1).flatten(0, 1)
+        context = DeviceMesh("cpu", by_context, mesh_dim_names=("other", "context"))
+        self._stage = DeviceMesh("cpu", grid.flatten(1), mesh_dim_names=("pipeline", "stage"))["stage"].get_group()
+        in_tensor = one.tensor > 1 and one.expert_tensor == one.tensor
+        members = data_context if in_tensor else data_context * one.tensor
+        rest = members // one.expert
+        rest_sharded = 1 if one.zero_stage == 0 else max(1, sharded * members // data_context // one.expert)
+        by_expert = grid.view(one.pipeline, rest // rest_sharded, rest_sharded, one.expert, -1)
+        names = ("pipeline", "tensor", "expert", "replicate", "shard")
+        self._expert_mesh = DeviceMesh("cpu", by_expert.permute(0, 4, 3, 1, 2), mesh_dim_names=names)
+        self._groups = Groups(
+            tensor=self._mesh["tensor"].get_group(),
+            context=context["context"].get_group(),
+            expert=self._expert_mesh["expert"].get_group(),
+            experts_in_tensor=in_tensor,
+        )
+
+    def apply(self, decoder: Decoder, recompute: bool = False) -> None:
+        """Split a network over the processes, in place. Every process must hold the same weights.
+
+        With `recompute` its blocks keep nothing but their inputs.
+        """
+        if self.layout.processes == 1:
+            if recompute:
+                recompute_blocks(decoder)
             return
-        mesh = self.mesh if self.layout.replicas > 1 or self.layout.zero_stage == 0 else self.mesh["shard"]
-        whole_until_backward = self.layout.zero_stage < 3
-        for block in decoder.blocks:
-            fully_shard(block, mesh=mesh, reshard_after_forward=not whole_until_backward)
-        self._sharded = fully_shard(decoder, mesh=mesh, reshard_after_forward=False)
+        shapes = {name: parameter.shape for name, parameter in decoder.named_parameters()}
+        one = self.layout
+        if one.tensor * one.context * one.expert > 1:
+            split(decoder, self._groups)
+        if recompute:
+            recompute_blocks(decoder)
+        self._shard(decoder)
+        for name, parameter in decoder.named_parameters():
+            self._places[name] = self._place(name, parameter, shapes[name])
+        if one.tensor > 1:
+            for name, parameter in decoder.named_parameters():
+                of_experts = _is_of_experts(name) and not self._groups.experts_in_tensor
+                if "tensor" not in split_dimension(name, self._groups) and not of_experts and name not in self._routers:
+                    self._summed.append((parameter, self._groups.tensor, 1.0))
+
+    def _shard(self, decoder: Decoder) -> None:
+        """Split over data and context ranks."""
+        one, until_backward = self.layout, self.layout.zero_stage < 3
+        count = one.data * one.context
+        apart = one.expert > 1 or (one.tensor > 1 and not self._groups.experts_in_tensor)
+        if count == 1 and not (apart and decoder.spec.moe is not None):
+            return
+        mesh = self._data_mesh(self._mesh)
+        # Nothing is done in place to what a block or its experts return.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+        for number, block in enumerate(decoder.blocks):
+            if apart and hasattr(block, "moe"):
+                # Experts are on fewer data ranks than the rest. Their router, which is small, stays whole beside them.
+                moe = cast(MixtureOfExperts, block.moe)
+                router = cast(nn.Parameter, moe.router.weight)
+                among = self._data_mesh(self._expert_mesh)
+                fully_shard(moe, mesh=among, reshard_after_forward=not until_backward, ignored_params={router})
+                # FSDP takes the mean over the ranks that hold the same experts; the loss is the mean over all.
+                self._scaled += [(expert, among.size() / count) for expert in (moe.gate, moe.up, moe.down)]
+                self._routers.add(f"blocks.{number}.moe.router.weight")
+                self._summed.append((router, self._stage, 1.0 / count))
+            fully_shard(block, mesh=mesh, reshard_after_forward=not until_backward)
+        self._root = fully_shard(decoder, mesh=mesh, reshard_after_forward=False)
         # gloo has no averaging reduction; FSDP then divides the sum itself.
         for module in decoder.modules():
             if isinstance(module, FSDPModule):
                 module.set_force_sum_reduction_for_comms(True)
+
+    def _data_mesh(self, mesh: DeviceMesh) -> DeviceMesh:
+        """The dimensions of a grid over which FSDP splits and repeats."""
+        return (
+            mesh["replicate", "shard"] if mesh["replicate"].size() > 1 or self.layout.zero_stage == 0 else mesh["shard"]
+        )
+
+    def _place(self, name: str, parameter: nn.Parameter, shape: torch.Size) -> Place:
+        """Where a parameter stands: split by the network first, and each part by FSDP."""
+        dims = split_dimension(name, self._groups)
+        apart = _is_of_experts(name)
+        mesh = self._expert_mesh if apart else self._mesh
+        order = ("tensor", "expert", "replicate", "shard") if apart else ("tensor", "replicate", "shard")
+        by_fsdp: dict[str, Placement] = {"shard": Shard(0)} if isinstance(parameter, DTensor) else {}
+        placements = [Shard(dims[axis]) if axis in dims else by_fsdp.get(axis, Replicate()) for axis in order]
+        return Place(mesh[order], tuple(placements), shape, local(parameter).shape)
+
+    def whole(self, name: str, tensor: Tensor) -> Tensor:
+        """A parameter, or what an optimizer keeps of it, as the whole tensor of which this process holds a part."""
+        place = self._places.get(name)
+        part = local(tensor)
+        return tensor if place is None or part.shape != place.local_shape else place.whole(part)
 
     def share(self, count: int) -> tuple[int, int]:
         """Which of `count` sequences this process takes: the first one's place, and how many."""
@@ -64,23 +186,41 @@ class Parallel:
     @contextlib.contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
         """Around the forward and backward pass of a micro batch: what of the gradients' exchange waits for the last."""
-        if self._sharded is not None and self.layout.zero_stage < 3:
+        if self._root is not None and self.layout.zero_stage < 3:
             if self.layout.zero_stage < 2:
-                self._sharded.set_requires_gradient_sync(last)
-            self._sharded.set_is_last_backward(last)
-            self._sharded.set_reshard_after_backward(last)
+                self._root.set_requires_gradient_sync(last)
+            self._root.set_is_last_backward(last)
+            self._root.set_reshard_after_backward(last)
         yield
 
-    def clip(self, parameters: Iterable[Tensor], largest: float) -> float:
+    def finish_gradients(self) -> None:
+        """Add up, after the last backward pass, the gradients of what several processes hold whole."""
+        by_group: dict[dist.ProcessGroup, list[tuple[Tensor, float]]] = {}
+        for parameter, factor in self._scaled:
+            assert parameter.grad is not None
+            local(parameter.grad).mul_(factor)
+        for parameter, group, factor in self._summed:
+            assert parameter.grad is not None
+            by_group.setdefault(group, []).append((local(parameter.grad), factor))
+        for group, gradients in by_group.items():
+            together = torch.cat([gradient.flatten() * factor for gradient, factor in gradients])
+            dist.all_reduce(together, group=group)
+            parts = torch.split(together, [gradient.numel() for gradient, _ in gradients])
+            for (gradient, _), total in zip(gradients, parts, strict=True):
+                gradient.copy_(total.view_as(gradient))
+
+    def clip(self, network: nn.Module, largest: float) -> float:
         """Scale all gradients so that their norm over the whole network is at most `largest`, and return that norm.
 
         Each process adds what it holds, divided by how many processes hold the same, so that one sum over all
         processes serves every layout.
         """
         groups: dict[int, list[Tensor]] = {}
-        for parameter in parameters:
+        for name, parameter in network.named_parameters():
             if parameter.grad is not None:
-                groups.setdefault(self._copies(parameter.grad), []).append(_local(parameter.grad))
+                parts = self._places[name].parts if name in self._places else 1
+                copies = self.layout.processes // self.layout.pipeline // parts
+                groups.setdefault(copies, []).append(local(parameter.grad))
         squares = [
             torch.nn.utils.get_total_norm(gradients).double().square() / copies for copies, gradients in groups.items()
         ]
@@ -91,14 +231,12 @@ class Parallel:
                 torch._foreach_mul_(gradients, scale)
         return norm
 
-    def _copies(self, tensor: Tensor) -> int:
-        """How many processes hold the same part of a tensor as this one."""
-        parts = 1
-        if isinstance(tensor, DTensor):
-            sizes = zip(tensor.placements, tensor.device_mesh.shape, strict=True)
-            parts = math.prod(size for placement, size in sizes if isinstance(placement, Shard))
-        return self.ranks.world // self.layout.pipeline // parts
 
-
-def _local(tensor: Tensor) -> Tensor:
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _is_of_experts(name: str) -> bool:
+    """Whether a parameter is one of the experts' stacks of matrices."""
+    return name.split(".")[-2:-1] == ["moe"]

@@ -19,7 +19,13 @@ LOGO = (
     'stroke-linejoin="round"><path d="M3 19V7l5 4 4-6 4 6 5-4v12z"/><path d="M8 19v-4M12 19v-6M16 19v-4"/></svg>'
 )
 FAVICON = LOGO.replace("var(--accent)", "#0f766e").replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ')
-_PAGES = [("Chat", "/", "chat_bubble_outline"), ("Runs", "/runs", "show_chart"), ("Models", "/models", "layers")]
+_PAGES = [
+    ("Chat", "/", "chat_bubble_outline"),
+    ("Plan", "/plan", "calculate"),
+    ("Supercomputer", "/supercomputer", "dns"),
+    ("Runs", "/runs", "show_chart"),
+    ("Models", "/models", "layers"),
+]
 
 
 @contextmanager
@@ -155,13 +161,17 @@ def _link(name: str, path: str, icon: str, classes: str) -> None:
 
 
 def style_sheet() -> str:
-    """The pages' style sheet, that of highlighted code included."""
+    """The pages' style sheet, those of plans and of highlighted code included."""
+    from modelworks.plan.document import style
     from modelworks.web.markdown import code_styles
 
     own = (files("modelworks.web") / "static" / "modelworks.css").read_text(encoding="utf-8")
-    return own + code_styles()
+    return own + style() + code_styles()
 
 
 def script() -> str:
-    """The pages' own script."""
-    return (files("modelworks.web") / "static" / "modelworks.js").read_text(encoding="utf-8")
+    """The pages' own script, that of plans included."""
+    from modelworks.plan import document
+
+    own = (files("modelworks.web") / "static" / "modelworks.js").read_text(encoding="utf-8")
+    return own + document.script()

@@ -119,10 +119,10 @@ def _add_pages(app: FastAPI, services: Services) -> None:
     os.environ.setdefault("NICEGUI_STORAGE_PATH", str(home() / "nicegui"))
     from nicegui import ui
 
-    from modelworks.web import chat, models, runs
+    from modelworks.web import chat, models, plan, runs, supercomputer
     from modelworks.web.frame import FAVICON
 
-    for page in (chat, runs, models):
+    for page in (chat, plan, supercomputer, runs, models):
         page.register(services)
     ui.run_with(
         app,

@@ -16,7 +16,21 @@ from typing import Any, Literal, get_args
 from modelworks.spec.errors import InputError
 from modelworks.spec.fields import Section, nearest, validate
 
-Kind = Literal["models", "hardware", "clusters", "software", "calibration", "kernels", "failures", "prices", "scaling"]
+Kind = Literal[
+    "models",
+    "hardware",
+    "clusters",
+    "software",
+    "calibration",
+    "kernels",
+    "failures",
+    "prices",
+    "scaling",
+    "parts",
+    "part-prices",
+    "top500",
+    "observations",
+]
 Certainty = Literal["published", "estimated", "assumed"]
 _FOLDER = Path(__file__).parent
 

@@ -1,0 +1,1 @@
+"""How a cluster behaves over weeks and months: failures, recovery, goodput, build-out, power and cost."""

@@ -1,0 +1,285 @@
+"""The network over several processes: each has some heads, some of the vocabulary, some positions, some experts.
+
+Three ideas. The parts of the network are the model's own; only where processes must exchange something is a part's
+forward pass put between two collectives. Between blocks each process holds its own positions of a sequence (sequence
+and context parallelism), so that normalisations are computed once; within attention and feed-forward network it holds
+its heads or columns at all positions of its context (tensor parallelism: Shoeybi et al. 2019, arXiv:1909.08053;
+Korthikanti et al. 2022, arXiv:2205.05198). And what each process computes backward is one summand of the gradient
+(over tensor ranks) or of its mean (over data and context ranks), whatever the layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from modelworks.model.attention import rotary_tables
+from modelworks.model.decoder import Block, Decoder, Losses
+from modelworks.model.experts import (
+    MixtureOfExperts,
+    RouterReport,
+    SortedPairs,
+    grouped_experts,
+    router_report,
+    sort_by_expert,
+)
+from modelworks.model.layers import to_compute_dtype
+from modelworks.model.loss import CHUNK, chunked_cross_entropy
+from modelworks.train.exchange import exchange, gather, scale_gradient, scatter_sum
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The processes with which this one shares a network."""
+
+    tensor: ProcessGroup
+    context: ProcessGroup
+    expert: ProcessGroup
+    experts_in_tensor: bool
+    """Whether the experts' matrices are split over the tensor ranks too, instead of each having tokens of its own."""
+
+    @property
+    def positions(self) -> int:
+        """Parts into which a sequence is cut between blocks."""
+        return self.tensor.size() * self.context.size()
+
+
+def split_dimension(name: str, groups: Groups) -> dict[str, int]:
+    """Along which dimension a parameter is split over which group (`tensor`, `expert`); by its name."""
+    split: dict[str, int] = {}
+    *_, owner, kind = ("", *name.split("."))
+    if owner == "moe":
+        if groups.expert.size() > 1:
+            split["expert"] = 0
+        if groups.experts_in_tensor:
+            split["tensor"] = 2 if kind == "down" else 1
+    elif groups.tensor.size() > 1:
+        if owner in ("embed", "head", "wq", "wk", "wv", "gate", "up"):
+            split["tensor"] = 0
+        elif owner in ("wo", "down") and kind == "weight":
+            split["tensor"] = 1
+    return split
+
+
+def split(decoder: Decoder, groups: Groups) -> None:
+    """Keep this process's part of every parameter, and exchange where the parts meet; in place."""
+    for name, parameter in list(decoder.named_parameters()):
+        part = parameter.detach()
+        for group, dim in split_dimension(name, groups).items():
+            ranks: ProcessGroup = getattr(groups, group)
+            part = part.chunk(ranks.size(), dim)[ranks.rank()]
+        if part.shape != parameter.shape:
+            owner, _, kind = name.rpartition(".")
+            setattr(decoder.get_submodule(owner), kind, nn.Parameter(part.clone()))
+    for block in cast(Iterable[Block], decoder.blocks):
+        _between_collectives(block.attn, block.attn.wo, groups.tensor)
+        if hasattr(block, "moe"):
+            block.moe.forward = _Mixture(block.moe, groups)  # type: ignore[method-assign]
+        else:
+            _between_collectives(block.mlp, block.mlp.down, groups.tensor)
+    decoder.forward = _Forward(decoder, groups)  # type: ignore[method-assign, assignment]
+
+
+def _between_collectives(part: nn.Module, last: nn.Linear, group: ProcessGroup) -> None:
+    """Give a part all positions of its context, and sum what each process's heads or columns contribute."""
+    if group.size() == 1:
+        return
+    forward: Callable[..., Tensor] = part.forward
+
+    def between(x: Tensor, *rest: Any) -> Tensor:
+        output = scatter_sum(forward(gather(x, 1, group), *rest), 1, group)
+        return output if last.bias is None else output + last.bias.to(output.dtype)
+
+    part.forward = between
+    # The bias belongs to the sum, not to each summand.
+    last.forward = lambda x: F.linear(x, last.weight)  # type: ignore[method-assign, assignment]
+
+
+class _Forward:
+    """The decoder's forward pass on this process's positions, with targets."""
+
+    def __init__(self, decoder: Decoder, groups: Groups) -> None:
+        self._decoder, self._groups = decoder, groups
+
+    def __call__(self, tokens: Tensor, targets: Tensor) -> Losses:
+        """The losses of sequences (B, T), the same on all tensor ranks; a context rank's are those of its positions."""
+        decoder, groups, spec = self._decoder, self._groups, self._decoder.spec
+        length = tokens.shape[1] // groups.context.size()
+        start = groups.context.rank() * length
+        tokens, targets = (x[:, start : start + length] for x in (tokens, targets))
+        x = self._embed(tokens) * spec.embedding_multiplier  # (B, T / positions, H)
+        rotary = rotary_tables(spec, start, length, tokens.device)
+        cache: Any = _GatheredKeys(groups.context) if groups.context.size() > 1 else None
+        reports = []
+        for block in decoder.blocks:
+            x, report = block(x, rotary, cache)
+            if report is not None:
+                reports.append(report)
+        hidden = gather(decoder.final_norm(x), 1, groups.tensor)
+        return Losses(self._cross_entropy(hidden, targets), *_means(reports, hidden))
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        """The rows of one's part of the vocabulary; zeros elsewhere, which another process adds to."""
+        weight, group = self._decoder.embed.weight, self._groups.tensor
+        if group.size() == 1:
+            return F.embedding(tokens, weight)
+        local = tokens - group.rank() * len(weight)
+        here = (local >= 0) & (local < len(weight))
+        rows = F.embedding(local.where(here, 0), weight) * here.unsqueeze(-1)
+        return scatter_sum(rows, 1, group)
+
+    def _cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        spec, group = self._decoder.spec, self._groups.tensor
+        states, weight = to_compute_dtype(hidden.flatten(0, 1)), to_compute_dtype(self._decoder.output_weight)
+        scaling = (spec.output_multiplier, spec.output_softcap)
+        if group.size() == 1:
+            return chunked_cross_entropy(states, weight, targets.flatten(), *scaling)
+        loss: Tensor = _SplitCrossEntropy.apply(  # type: ignore[no-untyped-call]
+            states, weight, targets.flatten(), *scaling, group
+        )
+        return loss
+
+
+class _GatheredKeys:
+    """Stands where attention expects a cache: the keys and values of all positions up to one's own, gathered."""
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self._group = group
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys and values (B, KV, T, D) from the first position to this process's last."""
+        end = (self._group.rank() + 1) * keys.shape[2]
+        both = gather(torch.stack((keys, values)), 3, self._group)[:, :, :, :end]
+        return both[0], both[1]
+
+
+class _Mixture:
+    """The forward pass of a mixture of experts whose experts, or their matrices, are on several processes."""
+
+    def __init__(self, moe: MixtureOfExperts, groups: Groups) -> None:
+        self._moe, self._groups = moe, groups
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, RouterReport]:
+        """(B, T, H) of one's positions in and out, and the router's report on the whole sequences."""
+        moe, groups = self._moe, self._groups
+        if groups.experts_in_tensor:
+            x = gather(x, 1, groups.tensor)
+        tokens = x.flatten(0, 1)  # (N, H)
+        gates, choice, report = self._route(tokens)
+        pairs = sort_by_expert(choice, moe.router.weight.shape[0])
+        tokens, gate, up, down = map(to_compute_dtype, (tokens, moe.gate, moe.up, moe.down))
+        if groups.expert.size() == 1:
+            mixed = grouped_experts(gates, pairs, tokens, gate, up, down, moe.activation)
+        else:
+            mixed = self._elsewhere(gates, pairs, tokens, gate, up, down)
+        mixed = mixed.view_as(x)
+        return (scatter_sum(mixed, 1, groups.tensor) if groups.experts_in_tensor else mixed), report
+
+    def _route(self, tokens: Tensor) -> tuple[Tensor, Tensor, RouterReport]:
+        """The model's own choice; its report is that on the tokens of all processes that share the sequences."""
+        moe, groups = self._moe, self._groups
+        gates, choice, report = moe.route(tokens)
+        sharing = [groups.context] if groups.experts_in_tensor else [groups.tensor, groups.context]
+        if any(group.size() > 1 for group in sharing):
+            with torch.autocast(tokens.device.type, enabled=False):
+                logits = F.linear(tokens.float(), moe.router.weight.float())
+            every_choice = choice
+            for group in sharing:
+                logits, every_choice = gather(logits, 0, group), gather(every_choice, 0, group)
+            report = router_report(logits, logits.softmax(-1), every_choice)
+        # Every tensor rank computes the same two losses, and the gradients of all are added.
+        share = 1.0 / groups.tensor.size()
+        load_balance, router_z = scale_gradient(report.load_balance, share), scale_gradient(report.router_z, share)
+        return gates, choice, RouterReport(load_balance, router_z, report.load)
+
+    def _elsewhere(
+        self, gates: Tensor, pairs: SortedPairs, tokens: Tensor, gate: Tensor, up: Tensor, down: Tensor
+    ) -> Tensor:
+        """Send each pair's token to where its expert is, and weight what comes back."""
+        group, top_k = self._groups.expert, gates.shape[1]
+        ranks, mine = group.size(), len(gate)
+        counts = torch.empty_like(pairs.counts)  # [rank, expert of mine]: pairs that come from there
+        dist.all_to_all_single(counts, pairs.counts, group=group)
+        sent = pairs.counts.view(ranks, mine).sum(1).tolist()
+        received = counts.view(ranks, mine).sum(1).tolist()
+        rows = exchange(tokens.index_select(0, pairs.order // top_k), sent, received, group)
+        experts = torch.arange(mine, device=rows.device).repeat(ranks).repeat_interleave(counts).unsqueeze(1)
+        ones = torch.ones(len(rows), 1, device=rows.device, dtype=gates.dtype)
+        lowered = grouped_experts(ones, sort_by_expert(experts, mine), rows, gate, up, down, self._moe.activation)
+        chosen = exchange(lowered, received, sent, group).index_select(0, pairs.inverse).view(len(tokens), top_k, -1)
+        return torch.bmm(gates.unsqueeze(1).to(chosen.dtype), chosen).squeeze(1)
+
+
+class _SplitCrossEntropy(torch.autograd.Function):
+    """`model.loss.chunked_cross_entropy` where each process has the logits of its part of the vocabulary.
+
+    The gradients of the hidden states are this part's summand.
+    """
+
+    @staticmethod
+    def forward(
+        context: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        multiplier: float,
+        softcap: float | None,
+        group: ProcessGroup,
+    ) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        counts = (targets >= 0).unsqueeze(1)  # (N, 1)
+        counted = counts.sum().clamp(min=1).float()
+        local = targets.unsqueeze(1) - group.rank() * len(weight)
+        here = (local >= 0) & (local < len(weight)) & counts
+        to_hidden, to_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
+        for start in range(0, len(hidden), CHUNK):
+            part = slice(start, start + CHUNK)
+            rows, ids, mine = hidden[part], local[part].where(here[part], 0), here[part]
+            logits = (rows @ weight.t()).float().mul_(multiplier)  # (n, V / ranks)
+            if softcap is not None:
+                logits = logits.div_(softcap).tanh_().mul_(softcap)
+            slope = None if softcap is None else 1.0 - (logits / softcap).square_()
+            of_targets = logits.gather(1, ids) * mine
+            largest = logits.amax(1, keepdim=True)
+            dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+            exponentials = logits.sub_(largest).exp_()
+            summed = torch.cat((exponentials.sum(1, keepdim=True), of_targets), dim=1)
+            dist.all_reduce(summed, group=group)
+            sums, of_targets = summed.chunk(2, dim=1)
+            total += ((sums.log() + largest - of_targets) * counts[part]).sum()
+            scale = counts[part] * (multiplier / counted)
+            to_logits = exponentials.mul_(scale / sums).scatter_add_(1, ids, -scale * mine)
+            to_logits = (to_logits if slope is None else to_logits.mul_(slope)).to(hidden.dtype)
+            torch.mm(to_logits, weight, out=to_hidden[part])
+            to_weight += to_logits.t() @ rows
+        context.save_for_backward(to_hidden, to_weight.to(weight.dtype))
+        return total / counted
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        to_hidden, to_weight = context.saved_tensors
+        scale = gradients[0]
+        return (
+            to_hidden * scale.to(to_hidden.dtype),
+            to_weight * scale.to(to_weight.dtype),
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+def _means(reports: list[RouterReport], like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The losses of all routers, averaged, and their loads (moe_layers, experts)."""
+    if not reports:
+        zero = like.new_zeros((), dtype=torch.float32)
+        return zero, zero, like.new_zeros((0, 0), dtype=torch.float32)
+    load_balance, router_z, load = (torch.stack(part) for part in zip(*reports, strict=True))
+    return load_balance.mean(), router_z.mean(), load
