@@ -169,9 +169,7 @@ def test_a_config_that_is_a_list_is_refused(tmp_path: Path) -> None:
     ],
     ids=["deepseek_v3", "gpt2", "qwen3_moe"],
 )  # fmt: skip
-def test_more_architectures_can_be_planned_than_imported(
-    tmp_path: Path, name: str | int, given: dict[str, Any]
-) -> None:
+def test_more_architectures_are_planned_than_imported(tmp_path: Path, name: str | int, given: dict[str, Any]) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps(given))
     total = model_spec(name).parameters.total if isinstance(name, str) else name
