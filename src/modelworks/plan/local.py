@@ -65,10 +65,10 @@ class LocalKernels(Kernels):
     def gemm(self, m: ArrayLike, n: ArrayLike, k: ArrayLike, precision: ProductPrecision) -> Seconds:
         """As `Kernels.gemm`, from the measured products."""
         if (measured := self.product_rates.get(precision)) is None:
-            return cast(Seconds, super().gemm(m, n, k, precision) * self._share())
+            return super().gemm(m, n, k, precision) * self._share()
         shape = tuple(np.asarray(size, dtype=np.float64) for size in (m, n, k))
         rate = self._by_threads(measured, lambda rates: rates.at(*shape))
-        return cast(Seconds, 2.0 * shape[0] * shape[1] * shape[2] / rate * self.slowdown)
+        return 2.0 * shape[0] * shape[1] * shape[2] / rate * self.slowdown
 
     def grouped_gemm(
         self, groups: ArrayLike, m: ArrayLike, n: ArrayLike, k: ArrayLike, precision: ProductPrecision
