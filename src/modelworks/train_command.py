@@ -203,8 +203,26 @@ def _write_plan(folder: Path, spec: RunSpec) -> None:
     from modelworks.plan.planner import plan
 
     try:
-        prediction = plan(spec, device=device_spec("local"))
+        prediction = plan(_as_trained(spec), device=device_spec("local"))
     except InputError as error:
         logger.warning("this run cannot be planned: %s", error)
         return
     write_atomically(folder / "plan.json", json.dumps(prediction.as_dict(), indent=1) + "\n")
+
+
+def _as_trained(spec: RunSpec) -> RunSpec:
+    """The run with its open choices made as the trainer makes them, which are not always the planner's best."""
+    from modelworks.train.batching import micro_batch
+    from modelworks.train.layout import layout
+
+    degrees = layout(spec, spec.cluster.gpus)
+    names = ("data", "shard", "tensor", "pipeline", "context", "expert", "expert_tensor", "zero_stage")
+    chosen: dict[str, Any] = {name: getattr(degrees, name) for name in names}
+    if spec.parallel.recompute == "auto":
+        chosen["recompute"] = "none"
+    return spec.model_copy(
+        update={
+            "parallel": spec.parallel.model_copy(update=chosen),
+            "train": spec.train.model_copy(update={"micro_batch": micro_batch(spec, degrees)}),
+        }
+    )

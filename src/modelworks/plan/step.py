@@ -284,11 +284,13 @@ def _exchanges(
     gathered = messages * (
         gathered + np.where(experts > 0, fabric.all_gather(experts * weight_bytes, expert_replicas, expert_stride), 0.0)
     )
+    several = np.where(replicas > 1, messages, 0.0)
     if software.exchange_copies:
-        # Several processes alone fill and empty buffers.
-        copied = np.where(replicas > 1, messages * software.exchange_copies * (plain + experts), 0.0)
+        copied = several * software.exchange_copies * (plain + experts)
         reduced = reduced + setting.kernels.memory_bound(copied * gradient_bytes)
         gathered = gathered + setting.kernels.memory_bound(copied * weight_bytes)
+    launched = several * software.exchange_kernels * software.launch_s
+    reduced, gathered = reduced + launched, gathered + launched
     gathered = np.where(c.zero_stage == 0, 0.0, gathered)
     tied = np.zeros(len(c))
     # Tied embeddings stand in the first and the last stage, and their gradients are summed over both.

@@ -84,6 +84,8 @@ class SoftwareSpec(Section):
     """Whether replicas exchange so much at once that latency doesn't count, or each layer by itself."""
     exchange_copies: NonNegativeFloat = 0.0
     """Memory traffic of the buffers that replicas fill before an exchange and empty behind it, over its bytes."""
+    exchange_kernels: NonNegativeFloat = 0.0
+    """Launches whose time the host takes for each exchange of replicas, where nothing runs beside it."""
     pipeline_overlap: bool = True
     """Whether activations travel between stages while the next micro batch computes."""
     expert_overlap: Fraction = 0.0
