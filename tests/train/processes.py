@@ -9,12 +9,15 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import os
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+# The processes find a test's functions by its module's name, `tests.train...`, from the folder above.
+sys.path.insert(0, str(Path(__file__).parents[2]))
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     ["torch", "torch.distributed.fsdp", "torch.distributed.tensor", "modelworks.train.loop"]

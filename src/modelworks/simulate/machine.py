@@ -12,6 +12,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from modelworks.plan.cost import price_of
 from modelworks.spec.errors import InputError
 from modelworks.spec.facts import parts as read_parts
 from modelworks.spec.facts import prices as read_prices
@@ -359,7 +360,8 @@ def _cost(
     transceivers: dict[str, int],
     power: Power,
 ) -> Cost:
-    each = prices.gpu_with_server.get(device.name, device.power_w * prices.gpu_with_server_per_watt)
+    known = price_of(device)
+    each = known.price_usd if known else device.power_w * prices.gpu_with_server_per_watt
     if device.price_usd is not None:
         each = device.price_usd + cluster.node_overhead_usd / cluster.gpus_per_node
     servers = cluster.gpus * each

@@ -96,10 +96,8 @@ class PricesSpec(Section):
     """A catalog file of prices, in US dollars."""
 
     name: str
-    gpu_with_server: dict[str, PositiveFloat]
-    """A server's price over its GPUs, by the device's catalog name; NICs included."""
     gpu_with_server_per_watt: PositiveFloat
-    """For a device without a price: per watt of its thermal design power."""
+    """For a device without a price of its own: per watt of its thermal design power, its share of a server included."""
     switch: PositiveFloat
     nic_transceiver: PositiveFloat
     multimode_transceiver: PositiveFloat
