@@ -1,8 +1,8 @@
 """What the simulation needs to know of the run: how long a step takes, how large its state is.
 
 The one place where the step's time comes in. It is the scenario's own (`simulate.step_time`) where that is given, that
-of the model's FLOPs at a stated MFU (`simulate.mfu`) where that is, and otherwise that of the planner's best layout. The
-slowest of all ranks sets the pace of a synchronous step.
+of the model's FLOPs at a stated MFU (`simulate.mfu`) where that is, and otherwise that of the planner's best layout.
+The slowest of all ranks sets the pace of a synchronous step.
 """
 
 from __future__ import annotations
