@@ -133,6 +133,8 @@ async def converse(engine: Engine, model: str, system: str | None, messages: lis
 
 
 async def _typed(conversation: Conversation, console: Console) -> None:
+    # asyncio's own handler would cancel the conversation, and leave the line where it is.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with _line_history():
         while True:
             try:
