@@ -44,7 +44,7 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self._master, text.encode())
 
-    def read_until(self, pattern: str, seconds: float = 120) -> str:
+    def read_until(self, pattern: str, seconds: float = 60) -> str:
         """What comes up to a pattern; it is taken off the screen."""
         deadline = time.monotonic() + seconds
         while not (found := re.search(pattern, self.screen)):
@@ -57,6 +57,12 @@ class Terminal:
         seen, self.screen = self.screen[: found.end()], self.screen[found.end() :]
         return seen
 
+    def settle(self) -> None:
+        """Wait until nothing more comes, as a person does: what is typed while Ctrl-C is at work is cleared with it."""
+        while select.select([self._master], [], [], 0.5)[0]:
+            self.screen += os.read(self._master, 1 << 16).decode(errors="replace").replace("\r\n", "\n")
+        self.screen = ""
+
     def end(self) -> None:
         if self.process.poll() is None:
             self.process.kill()
@@ -65,7 +71,7 @@ class Terminal:
 
 
 def _own_terminal() -> None:
-    """Make the pseudo-terminal the process's own, so that Ctrl-C reaches it as a signal, also from tests run with `&`."""
+    """Make the pseudo-terminal the process's own, so that Ctrl-C reaches it, however the tests were begun."""
     import fcntl
     import termios
 
@@ -95,8 +101,10 @@ def test_ctrl_c_stops_the_answer_and_the_conversation_goes_on_with_what_was_said
     terminal.type("\x03")
     terminal.read_until(PROMPT)
     assert terminal.process.poll() is None
+    terminal.settle()
     terminal.type("\x03")  # at the prompt it clears the line and no more
     terminal.read_until(PROMPT)
+    terminal.settle()
     terminal.type(f"/save {home}/said.json\n")
     terminal.read_until(r"Saved to .*\n> ")
     told, question, answer = json.loads((home / "said.json").read_text())["messages"]
@@ -146,6 +154,7 @@ def test_sigterm_ends_the_chat(terminal: Terminal) -> None:
 def test_ctrl_c_at_the_first_prompt_clears_the_line_and_the_chat_goes_on(terminal: Terminal) -> None:
     terminal.type("half a question\x03")
     terminal.read_until(PROMPT)
+    terminal.settle()
     terminal.type("Name one animal.\n")
     assert len(terminal.read_until(PROMPT).split("Name one animal.\n")[1].strip()) > 3
 

@@ -115,7 +115,7 @@ class Conversation:
         except OSError as error:
             self._console.print(f"{name} can't be written: {error.strerror}", markup=False, highlight=False)
         else:
-            self._console.print(f"Saved to {name}.", markup=False, highlight=False)
+            self._console.print(f"Saved to {name}.", markup=False, highlight=False, soft_wrap=True)
 
 
 async def converse(engine: Engine, model: str, system: str | None, messages: list[str], console: Console) -> None:
