@@ -415,12 +415,8 @@ class _Work:
     # --- feed-forward -------------------------------------------------------------------------------------------------
 
     def dense_ffn(self) -> _Half:
-        model = self.model
-        return self._ffn(model.ffn_hidden / self.tensor)
-
-    def _ffn(self, width: FloatArray) -> _Half:
-        """Half a layer with a dense feed-forward network of `width` on this device."""
-        inside = self._dense(width)
+        """Half a layer with a dense feed-forward network: norm, network, exchange."""
+        inside = self._dense(self.model.ffn_hidden / self.tensor)
         norm_forward, norm_backward, norm_kernels = self.norms(1 + (self.model.norm_placement == "sandwich"))
         tensor_forward, tensor_backward = self.tensor_times()
         count = self.software.kernels_per_layer
