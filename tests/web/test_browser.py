@@ -50,7 +50,7 @@ class RunningServer:
 
     def end(self, with_signal: int = signal.SIGTERM) -> int:
         self.process.send_signal(with_signal)
-        return self.process.wait(30)
+        return self.process.wait(120)  # a busy machine is not a failure
 
 
 @pytest.fixture(scope="module")

