@@ -84,7 +84,7 @@ def split(decoder: Decoder, groups: Groups) -> None:
             block.moe.forward = _Mixture(block.moe, groups)  # type: ignore[method-assign]
         else:
             _between_collectives(block.mlp, block.mlp.down, groups.tensor)
-    decoder.forward = _Forward(decoder, groups)  # type: ignore[method-assign, assignment]
+    decoder.forward = SplitForward(decoder, groups)  # type: ignore[method-assign, assignment]
 
 
 def _between_collectives(part: nn.Module, last: nn.Linear, group: ProcessGroup) -> None:
@@ -102,49 +102,55 @@ def _between_collectives(part: nn.Module, last: nn.Linear, group: ProcessGroup) 
     last.forward = lambda x: F.linear(x, last.weight)  # type: ignore[method-assign, assignment]
 
 
-class _Forward:
-    """The decoder's forward pass on this process's positions, with targets."""
+class SplitForward:
+    """The decoder's forward pass on this process's positions, with targets; whole, or the parts that a stage has."""
 
     def __init__(self, decoder: Decoder, groups: Groups) -> None:
         self._decoder, self._groups = decoder, groups
 
     def __call__(self, tokens: Tensor, targets: Tensor) -> Losses:
         """The losses of sequences (B, T), the same on all tensor ranks; a context rank's are those of its positions."""
-        decoder, groups, spec = self._decoder, self._groups, self._decoder.spec
-        length = tokens.shape[1] // groups.context.size()
-        start = groups.context.rank() * length
-        tokens, targets = (x[:, start : start + length] for x in (tokens, targets))
-        x = self._embed(tokens) * spec.embedding_multiplier  # (B, T / positions, H)
-        rotary = rotary_tables(spec, start, length, tokens.device)
-        cache: Any = _GatheredKeys(groups.context) if groups.context.size() > 1 else None
+        x, reports = self.layers(self._decoder.blocks, self.embed(tokens), tokens.shape[1])
+        return Losses(self.cross_entropy(x, targets), *_means(reports, x))
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """The residual stream (B, T / positions, H) before the first layer; each tensor rank knows some tokens."""
+        tokens, weight, group = self._of_context(tokens), self._decoder.embed.weight, self._groups.tensor
+        if group.size() == 1:
+            return F.embedding(tokens, weight) * self._decoder.spec.embedding_multiplier
+        local = tokens - group.rank() * len(weight)
+        here = (local >= 0) & (local < len(weight))
+        # Zeros for what another process knows, which adds to them.
+        rows = F.embedding(local.where(here, 0), weight) * here.unsqueeze(-1)
+        return scatter_sum(rows, 1, group) * self._decoder.spec.embedding_multiplier
+
+    def layers(self, blocks: Iterable[nn.Module], x: Tensor, seq_len: int) -> tuple[Tensor, list[RouterReport]]:
+        """The residual stream after some layers, and their routers' reports on sequences of `seq_len` tokens."""
+        length = seq_len // self._groups.context.size()
+        rotary = rotary_tables(self._decoder.spec, self._groups.context.rank() * length, length, x.device)
+        cache: Any = _GatheredKeys(self._groups.context) if self._groups.context.size() > 1 else None
         reports = []
-        for block in decoder.blocks:
+        for block in blocks:
             x, report = block(x, rotary, cache)
             if report is not None:
                 reports.append(report)
-        hidden = gather(decoder.final_norm(x), 1, groups.tensor)
-        return Losses(self._cross_entropy(hidden, targets), *_means(reports, hidden))
+        return x, reports
 
-    def _embed(self, tokens: Tensor) -> Tensor:
-        """The rows of one's part of the vocabulary; zeros elsewhere, which another process adds to."""
-        weight, group = self._decoder.embed.weight, self._groups.tensor
-        if group.size() == 1:
-            return F.embedding(tokens, weight)
-        local = tokens - group.rank() * len(weight)
-        here = (local >= 0) & (local < len(weight))
-        rows = F.embedding(local.where(here, 0), weight) * here.unsqueeze(-1)
-        return scatter_sum(rows, 1, group)
-
-    def _cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
+    def cross_entropy(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy of the targets (B, T) from the residual stream after the last layer."""
         spec, group = self._decoder.spec, self._groups.tensor
+        hidden = gather(self._decoder.final_norm(x), 1, group)
         states, weight = to_compute_dtype(hidden.flatten(0, 1)), to_compute_dtype(self._decoder.output_weight)
-        scaling = (spec.output_multiplier, spec.output_softcap)
+        scaling, targets = (spec.output_multiplier, spec.output_softcap), self._of_context(targets).flatten()
         if group.size() == 1:
-            return chunked_cross_entropy(states, weight, targets.flatten(), *scaling)
-        loss: Tensor = _SplitCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            states, weight, targets.flatten(), *scaling, group
-        )
+            return chunked_cross_entropy(states, weight, targets, *scaling)
+        loss: Tensor = _SplitCrossEntropy.apply(states, weight, targets, *scaling, group)  # type: ignore[no-untyped-call]
         return loss
+
+    def _of_context(self, tokens: Tensor) -> Tensor:
+        """This context rank's positions of sequences (B, T)."""
+        length = tokens.shape[1] // self._groups.context.size()
+        return tokens.narrow(1, self._groups.context.rank() * length, length)
 
 
 class _GatheredKeys:
