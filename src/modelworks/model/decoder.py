@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from modelworks.model.attention import Attention, KeyValueCache, Rotary, rotary_tables
 from modelworks.model.experts import MixtureOfExperts, RouterReport
 from modelworks.model.generation import generate
+from modelworks.model.initialization import fill
 from modelworks.model.layers import Embedding, GatedMLP, Linear, RMSNorm, to_compute_dtype
 from modelworks.model.loss import chunked_cross_entropy, head_logits
 from modelworks.model.support import refuse_unsupported
@@ -95,30 +96,10 @@ class Decoder(nn.Module):
         self.head = None if spec.tied_embeddings else Linear(spec.hidden, spec.vocab, bias=False)
         self.initialize(0)
 
-    @torch.no_grad()
     def initialize(self, seed: int) -> None:
-        """Draw every parameter anew, the same for the same seed on the same device.
-
-        Matrices are normal with variance 1 / (their inputs), so that activations keep their size; what writes to the
-        residual stream is smaller by the square root of how many writers there are (GPT-2): the output matrices, or
-        the norms after them where there are any. The embedding is normal such that it enters the stream at about
-        unit size where it has a multiplier, else 0.02.
-        """
-        device = self.embed.weight.device
-        generator = torch.Generator(device if device.type != "meta" else "cpu").manual_seed(seed)
-        writers = (2 * self.spec.layers) ** -0.5
+        """Draw every parameter anew, the same for the same seed on every device: see `initialization`."""
         for name, parameter in self.named_parameters():
-            place = name.split(".")
-            if place[-1] == "bias":
-                parameter.zero_()
-            elif parameter.dim() == 1:
-                parameter.fill_(writers if "post_norm" in name else 1.0)
-            elif place[0] == "embed":
-                scaled = self.spec.embedding_multiplier != 1.0
-                parameter.normal_(0.0, 1.0 / self.spec.embedding_multiplier if scaled else 0.02, generator=generator)
-            else:
-                writes = self.spec.norm_placement == "pre" and ("wo" in place or "down" in place)
-                parameter.normal_(0.0, parameter.shape[-1] ** -0.5 * (writers if writes else 1.0), generator=generator)
+            fill(parameter, self.spec, seed, name)
 
     def forward(
         self, tokens: Tensor, targets: Tensor | None = None, cache: KeyValueCache | None = None

@@ -189,6 +189,9 @@ def _refuse_what_does_not_divide(spec: RunSpec, data: int) -> None:
         (spec.train.seq_len, "train.seq_len", tensor * context, "parallel.tensor x parallel.context"),
         (model.vocab, "model.vocab", tensor, "parallel.tensor"),
     ]
+    if tensor > 1:
+        # Fewer key-value heads than ranks would have to stand on several of them.
+        sizes.append((model.kv_heads, "model.kv_heads", tensor, "parallel.tensor"))
     if model.dense_layers:
         sizes.append((model.ffn_hidden, "model.ffn_hidden", tensor, "parallel.tensor"))
     for size, what, parts, names in sizes:

@@ -144,9 +144,9 @@ class Trainer:
         session.report(message="building the network")
         view.show(session.status)
         torch.manual_seed(self.train_spec.seed)
-        self.decoder = Decoder(self.spec.model)
-        self.decoder.initialize(self.train_spec.seed)
-        self.parallel.apply(self.decoder, self.spec.parallel, self.precision.autocast)
+        with torch.device("meta"):
+            self.decoder = Decoder(self.spec.model)
+        self.parallel.apply(self.decoder, self.spec.parallel, self.precision.autocast, seed=self.train_spec.seed)
         self.optimizers = Optimizers(self.decoder, self.train_spec, self.precision.dtype, self.parallel.whole)
         self.last_checkpoint = self._resume() if session.resume else None
         self.log = self._open_log()

@@ -15,9 +15,9 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -29,7 +29,9 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from modelworks.model.decoder import Decoder, Losses
 from modelworks.model.experts import MixtureOfExperts
 from modelworks.spec.run import ParallelSpec
+from modelworks.train.grid import mesh_of
 from modelworks.train.layout import Layout
+from modelworks.train.materialize import fill_parts
 from modelworks.train.pipeline import Context, Pipeline
 from modelworks.train.ranks import Ranks
 from modelworks.train.recompute import recompute_activations
@@ -80,7 +82,9 @@ class Parallel:
         self._summed: list[tuple[nn.Parameter, dist.ProcessGroup, float]] = []
         self._scaled: list[tuple[nn.Parameter, float]] = []
         self._routers: set[str] = set()
+        self._experts_scale: float | None = None
         self._tied: nn.Parameter | None = None
+        self._stands_in: dict[tuple[str, ...], DeviceMesh] = {}
         if layout.processes > 1:
             self._arrange()
 
@@ -90,19 +94,17 @@ class Parallel:
         sharded = 1 if one.zero_stage == 0 else one.shard * one.context
         grid = torch.arange(one.processes).view(one.pipeline, data_context // sharded, sharded, one.tensor)
         # What splits a tensor first comes first, so that FSDP's parts are parts of the others' parts.
-        self._mesh = DeviceMesh(
-            "cpu", grid.permute(0, 3, 1, 2), mesh_dim_names=("pipeline", "tensor", "replicate", "shard")
-        )
+        self._mesh = mesh_of(grid.permute(0, 3, 1, 2), ("pipeline", "tensor", "replicate", "shard"))
         by_context = grid.view(-1, one.context, one.tensor).permute(0, 2, 1).flatten(0, 1)
-        context = DeviceMesh("cpu", by_context, mesh_dim_names=("other", "context"))
-        self._stage = DeviceMesh("cpu", grid.flatten(1), mesh_dim_names=("pipeline", "stage"))["stage"].get_group()
+        context = mesh_of(by_context, ("other", "context"))
+        self._stage = mesh_of(grid.flatten(1), ("pipeline", "stage"))["stage"].get_group()
         in_tensor = one.tensor > 1 and one.expert_tensor == one.tensor
         members = data_context if in_tensor else data_context * one.tensor
         rest = members // one.expert
         rest_sharded = 1 if one.zero_stage == 0 else max(1, sharded * members // data_context // one.expert)
         by_expert = grid.view(one.pipeline, rest // rest_sharded, rest_sharded, one.expert, -1)
         names = ("pipeline", "tensor", "expert", "replicate", "shard")
-        self._expert_mesh = DeviceMesh("cpu", by_expert.permute(0, 4, 3, 1, 2), mesh_dim_names=names)
+        self._expert_mesh = mesh_of(by_expert.permute(0, 4, 3, 1, 2), names)
         self._groups = Groups(
             tensor=self._mesh["tensor"].get_group(),
             context=context["context"].get_group(),
@@ -111,7 +113,11 @@ class Parallel:
         )
 
     def apply(
-        self, decoder: Decoder, spec: ParallelSpec | None = None, autocast: Context = contextlib.nullcontext
+        self,
+        decoder: Decoder,
+        spec: ParallelSpec | None = None,
+        autocast: Context = contextlib.nullcontext,
+        seed: int | None = None,
     ) -> None:
         """Split a network over the processes, in place. Every process must hold the same weights.
 
@@ -123,6 +129,9 @@ class Parallel:
             Says what the backward pass computes again; nothing if unset.
         autocast
             The context of a forward pass, which a pipeline enters by itself.
+        seed
+            For a network on the meta device: each process gets memory for its parts alone, and they the values that
+            `Decoder.initialize(seed)` gives them. If unset, the parts stay without memory.
         """
         shapes = {name: parameter.shape for name, parameter in decoder.named_parameters()}
         one = self.layout
@@ -132,11 +141,25 @@ class Parallel:
             split(decoder, self._groups)
             decoder.forward = self._pipeline or SplitForward(decoder, self._groups)  # type: ignore[method-assign, assignment]
         recompute_activations(decoder, spec or ParallelSpec())
-        if one.processes == 1:
-            return
-        self._shard(decoder)
+        if one.processes > 1:
+            self._shard(decoder)
+        if seed is not None:
+            for root in self._roots(decoder):
+                root.to_empty(device="cpu")
+        if one.processes > 1:
+            self._locate(decoder, shapes)
+        if seed is not None:
+            fill_parts(decoder, self._places, seed)
+
+    def _locate(self, decoder: Decoder, shapes: Mapping[str, torch.Size]) -> None:
+        """Note where this process's parts of the parameters stand, and whose gradients are added up how."""
+        one = self.layout
         for name, parameter in decoder.named_parameters():
             self._places[name] = self._place(name, parameter, shapes[name])
+            if name in self._routers:
+                self._summed.append((parameter, self._stage, 1.0 / (one.data * one.context)))
+            elif self._experts_scale is not None and _is_of_experts(name):
+                self._scaled.append((parameter, self._experts_scale))
         if one.tensor > 1:
             for name, parameter in decoder.named_parameters():
                 of_experts = _is_of_experts(name) and not self._groups.experts_in_tensor
@@ -154,6 +177,9 @@ class Parallel:
         if count == 1 and not (apart and decoder.spec.moe is not None):
             return
         mesh = self._data_mesh(self._mesh)
+        traits: dict[str, Any] = {"reshard_after_forward": not until_backward}
+        deal, deal_experts = (_dealing(grid["shard"].size()) for grid in (self._mesh, self._expert_mesh))
+        among = self._data_mesh(self._expert_mesh)
         # Nothing is done in place to what a block or its experts return.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         for number, block in decoder.blocks.named_children():
@@ -161,21 +187,22 @@ class Parallel:
                 # Experts are on fewer data ranks than the rest. Their router, which is small, stays whole beside them.
                 moe = cast(MixtureOfExperts, block.moe)
                 router = cast(nn.Parameter, moe.router.weight)
-                among = self._data_mesh(self._expert_mesh)
-                fully_shard(moe, mesh=among, reshard_after_forward=not until_backward, ignored_params={router})
+                fully_shard(moe, mesh=among, ignored_params={router}, shard_placement_fn=deal_experts, **traits)
                 # FSDP takes the mean over the ranks that hold the same experts; the loss is the mean over all.
-                self._scaled += [(expert, among.size() / count) for expert in (moe.gate, moe.up, moe.down)]
+                self._experts_scale = among.size() / count
                 self._routers.add(f"blocks.{number}.moe.router.weight")
-                self._summed.append((router, self._stage, 1.0 / count))
-            fully_shard(block, mesh=mesh, reshard_after_forward=not until_backward)
-        roots: Sequence[nn.Module] = [decoder] if self._pipeline is None else self._pipeline.stages
-        for root in roots:
+            fully_shard(block, mesh=mesh, shard_placement_fn=deal, **traits)
+        for root in self._roots(decoder):
             fully_shard(root, mesh=mesh, reshard_after_forward=False)
             # gloo has no averaging reduction; FSDP then divides the sum itself.
             for module in root.modules():
                 if isinstance(module, FSDPModule):
                     module.set_force_sum_reduction_for_comms(True)
         self._root = cast(FSDPModule, decoder) if self._pipeline is None else None
+
+    def _roots(self, decoder: Decoder) -> Sequence[nn.Module]:
+        """What runs a forward pass by itself: the network, or each of this process's stages of a pipeline."""
+        return [decoder] if self._pipeline is None else self._pipeline.stages
 
     def _data_mesh(self, mesh: DeviceMesh) -> DeviceMesh:
         """The dimensions of a grid over which FSDP splits and repeats."""
@@ -187,17 +214,52 @@ class Parallel:
         """Where a parameter stands: split by the network first, and each part by FSDP."""
         dims = split_dimension(name, self._groups)
         apart = _is_of_experts(name)
-        mesh = self._expert_mesh if apart else self._mesh
         order = ("tensor", "expert", "replicate", "shard") if apart else ("tensor", "replicate", "shard")
-        by_fsdp: dict[str, Placement] = {"shard": Shard(0)} if isinstance(parameter, DTensor) else {}
+        if order not in self._stands_in:
+            self._stands_in[order] = (self._expert_mesh if apart else self._mesh)[order]
+        by_fsdp: dict[str, Placement] = {"shard": parameter.placements[-1]} if isinstance(parameter, DTensor) else {}
         placements = [Shard(dims[axis]) if axis in dims else by_fsdp.get(axis, Replicate()) for axis in order]
-        return Place(mesh[order], tuple(placements), shape, local(parameter).shape)
+        return Place(self._stands_in[order], tuple(placements), shape, local(parameter).shape)
 
     def whole(self, name: str, tensor: Tensor) -> Tensor:
         """A parameter, or what an optimizer keeps of it, as the whole tensor of which this process holds a part."""
         place = self._places.get(name)
         part = local(tensor)
         return tensor if place is None or part.shape != place.local_shape else place.whole(part)
+
+    def gathered(self, name: str, parameter: Tensor) -> int:
+        """Elements of a parameter that this process computes with: what FSDP splits is counted whole."""
+        place = self._places.get(name)
+        if place is None:
+            return parameter.numel()
+        axes = zip(place.mesh.mesh_dim_names or (), place.placements, place.mesh.shape, strict=True)
+        parts = math.prod(size for axis, split, size in axes if axis != "shard" and isinstance(split, Shard))
+        return place.shape.numel() // parts
+
+    def purposes(self) -> dict[str, str]:
+        """What the network's own exchanges are for, by the names of their groups."""
+        if self.layout.processes == 1:
+            return {}
+        groups = {"expert": self._groups.expert, "context": self._groups.context, "tensor": self._groups.tensor}
+        return {group.group_name: purpose for purpose, group in groups.items() if group.size() > 1}
+
+    def group_sizes(self) -> dict[str, int]:
+        """How many processes are in each of this one's groups."""
+        if self.layout.processes == 1:
+            return {}
+        return {
+            name: group.size()
+            for name, group in (
+                ("pipeline", self._mesh["pipeline"]),
+                ("tensor", self._groups.tensor),
+                ("context", self._groups.context),
+                ("expert", self._groups.expert),
+                ("replicate", self._mesh["replicate"]),
+                ("shard", self._mesh["shard"]),
+                ("experts' replicate", self._expert_mesh["replicate"]),
+                ("experts' shard", self._expert_mesh["shard"]),
+            )
+        }
 
     def share(self, count: int) -> tuple[int, int]:
         """Which of `count` sequences this process takes: the first one's place, and how many."""
@@ -294,6 +356,17 @@ class Parallel:
 def local(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _dealing(shards: int) -> Callable[[nn.Parameter], Shard | None]:
+    """Along which dimension FSDP splits a parameter: the first, but for experts that are too few to be dealt out."""
+
+    def dimension(parameter: nn.Parameter) -> Shard | None:
+        if parameter.dim() < 3 or parameter.shape[0] % shards == 0:
+            return None
+        return next((Shard(dim) for dim in (1, 2) if parameter.shape[dim] % shards == 0), None)
+
+    return dimension
 
 
 def _is_of_experts(name: str) -> bool:

@@ -117,7 +117,8 @@ class Pipeline:
         self, decoder: Decoder, layout: Layout, groups: Groups, group: ProcessGroup, autocast: Context
     ) -> None:
         self._layout, self._groups, self._group = layout, groups, group
-        self._hidden, self._device = decoder.spec.hidden, decoder.embed.weight.device
+        built_on = decoder.embed.weight.device
+        self._hidden, self._device = decoder.spec.hidden, torch.device("cpu") if built_on.type == "meta" else built_on
         chunks = deal_layers(decoder.spec.layers, layout.pipeline, layout.virtual_stages)
         self._chunks = len(chunks)
         self.stages = [Stage(decoder, groups, layers, autocast) for layers in chunks[group.rank() :: layout.pipeline]]

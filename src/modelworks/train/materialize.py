@@ -1,0 +1,49 @@
+"""A network that comes into being part by part: built on the meta device, split, and only then given memory.
+
+No process ever holds more of the network than its own parts and a few rows of one tensor, so a network may be as large
+as all processes' memory. The values are those of the whole network on one process (`model.initialization`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from modelworks.model.decoder import Decoder
+from modelworks.model.initialization import fill
+
+if TYPE_CHECKING:
+    from modelworks.train.parallelize import Place
+
+
+def fill_parts(decoder: Decoder, places: Mapping[str, Place], seed: int) -> None:
+    """Give what this process holds of each parameter the values that `Decoder.initialize` gives it.
+
+    Parameters
+    ----------
+    decoder
+        Split, with memory for this process's parts.
+    places
+        Where each part stands in its whole, by name; what has none is whole.
+    seed
+        The run's.
+    """
+    for name, parameter in decoder.named_parameters():
+        part: Tensor = parameter.detach()
+        if isinstance(part, DTensor):
+            part = part.to_local()
+        place = places.get(name)
+        if place is None:
+            fill(part, decoder.spec, seed, name)
+        else:
+            fill(part, decoder.spec, seed, name, place.shape, start_of(place))
+
+
+def start_of(place: Place) -> tuple[int, ...]:
+    """Where in the whole a part begins, per dimension."""
+    _, start = compute_local_shape_and_global_offset(place.shape, place.mesh, place.placements)
+    return tuple(start)
