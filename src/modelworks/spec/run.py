@@ -100,6 +100,9 @@ class TrainSpec(Section):
     """Steps between validations; 0 validates only at the end."""
     validation_tokens: Count = 65_536
     log_every: PositiveInt = 1
+    trace_steps: NonNegativeInt = 0
+    """Steps, from the second one after a start on, of which each process writes a Chrome trace into the run's folder
+    `traces`."""
     seed: NonNegativeInt = 1337
     max_time: Duration | None = None
     """Stop, as if the tokens were done, after so much time; the schedule then follows time. It is the clock's time from

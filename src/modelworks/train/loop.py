@@ -41,7 +41,9 @@ from modelworks.train.parallelize import Parallel
 from modelworks.train.precision import Precision, resolve
 from modelworks.train.ranks import Ranks
 from modelworks.train.session import RunSession
+from modelworks.train.trace import Traces
 from modelworks.train.view import NoView, View
+from modelworks.train.waits import Waits
 
 _SAY_EVERY_S = 0.5
 
@@ -133,6 +135,7 @@ class Trainer:
         self.step, self.elapsed_s, self._metrics_bytes = 0, 0.0, 0
         self.loss: float | None = None
         self.validation_bpb: float | None = None
+        self._compiled = False
         self.parallel = Parallel(layout(self.spec, self.ranks.world), self.ranks)
         self.data = prepare_data(session, view, keep=self.ranks.first)
         # Free memory and speed are measured, and each process measures something else.
@@ -154,6 +157,8 @@ class Trainer:
         self._flop_per_token = training_flop_per_token(self.spec.model, self.train_spec.seq_len)
         self._saved_at = time.monotonic()
         self._step_times: list[float] = []
+        self.waits = Waits(self.ranks, self.parallel.purposes())
+        self.traces = Traces(self.folder, self.train_spec.trace_steps, self.ranks.rank)
 
     def close(self) -> None:
         """Close the metrics' files."""
@@ -192,9 +197,11 @@ class Trainer:
         factor = schedule.factor(spec, schedule.progress(spec, self.step + 1, self.elapsed_s))
         begin, count = self.parallel.share(spec.global_batch)
         sequences = self.data.sequences("train", self.step * spec.global_batch + begin, count, spec.seq_len, spec.seed)
+        self.waits.lap("host")
         losses = self._gradients(torch.from_numpy(sequences))
         total = float(self._weighted(losses))
         self.parallel.finish_gradients()
+        self.waits.lap("compute")
         norm = self.parallel.clip(self.decoder, spec.clip or math.inf)
         if not math.isfinite(total) or not math.isfinite(norm):
             raise OperationError(
@@ -203,6 +210,7 @@ class Trainer:
             )
         self.optimizers.step(factor)
         self.optimizers.zero_grad()
+        self.waits.lap("optimizer")
         self.step += 1
         self.loss = total
         return {
@@ -254,9 +262,14 @@ class Trainer:
         return self.validation_bpb
 
     def _timed_step(self) -> dict[str, Any]:
-        begun = time.perf_counter()
-        row = self.one_step()
-        taken = time.perf_counter() - begun
+        # Exchanges inside of compiled blocks can't be looked at.
+        measured = (self.step + 1) % self.train_spec.log_every == 0 and not (self._compiled and self.ranks.world > 1)
+        with self.traces.step(self.step + 1), self.waits.measured(measured):
+            begun = time.perf_counter()
+            row = self.one_step()
+            taken = time.perf_counter() - begun
+        if measured:
+            row["reasons"] = self.waits.reasons(taken)
         self._add_elapsed(taken)
         self._step_times = [*self._step_times[-19:], taken]
         tokens_per_s = self.train_spec.tokens_per_step / taken
@@ -375,7 +388,9 @@ class Trainer:
             count = self.parallel.share(spec.global_batch)[1] if pipelined else self.micro_batch
             probe = torch.from_numpy(self.data.sequences("train", 0, count, spec.seq_len, spec.seed))
             batches = torch.split(probe, self.micro_batch)
-            try_compile(self.decoder, lambda: self.parallel.backward(batches, self._losses, self._weighted), self.ranks)
+            self._compiled = try_compile(
+                self.decoder, lambda: self.parallel.backward(batches, self._losses, self._weighted), self.ranks
+            )
 
     def _end(self, done: bool) -> TrainResult:
         received = None if done else self._stop()

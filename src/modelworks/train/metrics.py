@@ -64,6 +64,8 @@ class MetricsLog:
             for key, curve in _CURVES.items():
                 if row.get(key) is not None:
                     self._board.add_scalar(curve, row[key], row["step"])
+            for reason, seconds in row.get("reasons", {}).items():
+                self._board.add_scalar(f"step/{reason}_s", seconds, row["step"])
             for layer, load in enumerate(row["expert_load"]):
                 self._board.add_scalar(f"experts/load_of_layer_{layer}", load, row["step"])
         except OSError as error:
