@@ -7,17 +7,21 @@ and an exit code: 1 for work that failed, 2 for input that can't be used.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
 
 from modelworks import __version__
 from modelworks.spec.errors import InputError, OperationError
+
+if TYPE_CHECKING:
+    from modelworks.spec.run import RunSpec
 
 app = typer.Typer(
     name="modelworks",
@@ -250,6 +254,15 @@ def _train(
         int | None, typer.Option("--nproc", help="Processes on this machine, instead of the spec's cluster.gpus.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run from its last good checkpoint.")] = False,
+    trace: Annotated[
+        int | None, typer.Option("--trace", metavar="N", help="Write a Chrome trace of N steps, from the second on.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Build single processes of the run without memory; train nothing.")
+    ] = False,
+    ranks: Annotated[
+        list[int] | None, typer.Option("--rank", help="With --dry-run: which; first, middle and last without it.")
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Train a run, and release it where its spec says so.
@@ -263,7 +276,13 @@ def _train(
     from modelworks.train.view import NoView, view_for
     from modelworks.train_command import engine_overrides, train_and_release
 
-    spec = load_run(file, [*(overrides or []), *engine_overrides(on, nproc)])
+    traced = [] if trace is None else [f"train.trace_steps={trace}"]
+    spec = load_run(file, [*(overrides or []), *engine_overrides(on, nproc), *traced])
+    if dry_run:
+        _print_dry_run(spec, ranks, as_json)
+        return
+    if ranks:
+        raise InputError(f"--rank {ranks[0]} is not accepted here: it goes with --dry-run")
     view = NoView() if as_json else view_for(spec.name, console)
     say = (lambda text: None) if as_json else console.print
     try:
@@ -278,6 +297,18 @@ def _train(
         _print_summary(summary, released)
     if result.received is not None:
         raise typer.Exit(exit_code(result.received))
+
+
+def _print_dry_run(spec: RunSpec, ranks: list[int] | None, as_json: bool) -> None:
+    from modelworks.train.view import dry_run_table
+    from modelworks.train_command import dry_run
+
+    with console.status("building single processes of the run") if not as_json else contextlib.nullcontext():
+        report = dry_run(spec, ranks)
+    if as_json:
+        print(json.dumps(report, indent=1))
+    else:
+        console.print(dry_run_table(report))
 
 
 def _print_summary(summary: dict[str, Any], released: dict[str, Any] | None) -> None:

@@ -121,14 +121,16 @@ def print_plan(
 
     if emit is not None and emit not in FRAMEWORKS:
         written(run, emit)
+    if emit == "modelworks":
+        _print_text(written(trainable(run, search), emit), emit, as_json)
+        return
     made = plan(run, wide=search, top=top)
     if html is not None:
         from modelworks.plan.page import write_plan
 
         write_plan(made, html)
     if emit is not None:
-        text = written(made.run, emit)
-        print(json.dumps({"framework": emit, "text": text}) if as_json else text, end="\n" if as_json else "")
+        _print_text(written(made.run, emit), emit, as_json)
     elif as_json:
         print(json.dumps(made.as_dict(), indent=1))
     elif html is not None:
@@ -136,6 +138,37 @@ def print_plan(
         console.print(f"\nThe page is in {html}", soft_wrap=True, highlight=False, markup=False)
     else:
         console.print(page(made))
+
+
+def _print_text(text: str, framework: str, as_json: bool) -> None:
+    print(json.dumps({"framework": framework, "text": text}) if as_json else text, end="\n" if as_json else "")
+
+
+def trainable(run: RunSpec, wide: bool = False) -> RunSpec:
+    """The run in its fastest layout that `train` can do, every choice made.
+
+    It is planned with this product's own trainer where the run doesn't say by whom it is trained.
+
+    Raises
+    ------
+    InputError
+        If no layout fits, or `train` can do none of those that do; with the reason for the fastest one.
+    """
+    from modelworks.plan.ranking import ranked
+    from modelworks.train.layout import layout
+
+    if run.software == "auto":
+        run = run.model_copy(update={"software": "modelworks"})
+    refusal: InputError | None = None
+    for laid_out in ranked(run, idle=True, wide=wide):
+        try:
+            layout(laid_out, laid_out.cluster.gpus)
+        except InputError as error:
+            refusal = refusal or error
+            continue
+        return laid_out
+    assert refusal is not None
+    raise refusal
 
 
 def print_budget(

@@ -54,6 +54,7 @@ def train_and_release(spec: RunSpec, resume: bool, view: View, say: Say) -> tupl
         How the training ended, and what was released: ``files`` by format and ``served_as``; None where the run was
         stopped or releases nothing.
     """
+    spec = with_layout(spec, resume)
     with open_run(spec, resume) as session:
         _write_plan(session.folder, spec)
         if spec.cluster.gpus == 1:
@@ -151,11 +152,12 @@ def offer(spec: RunSpec, gguf: Path) -> str:
     return Store().add(spec.name, gguf, source=source, license=spec.release.license, context=spec.model.context).name
 
 
-def compare(record: RunRecord) -> dict[str, dict[str, float | None]]:
+def compare(record: RunRecord) -> dict[str, Any]:
     """A run's plan beside what was measured: per quantity ``planned``, ``measured`` and ``ratio``.
 
     The measurement is that of the median step, as on the model card, of all that were logged but the first, which also
-    warms up: a machine that slept for an hour makes one step long, and says nothing of the others.
+    warms up: a machine that slept for an hour makes one step long, and says nothing of the others. ``reasons`` has the
+    same of the seconds that a step spends on each reason; their medians need not add up to the median step.
 
     Raises
     ------
@@ -171,14 +173,36 @@ def compare(record: RunRecord) -> dict[str, dict[str, float | None]]:
     tokens_per_s = record.spec().train.tokens_per_step / step_time
     mfu_per_rate = rows[-1]["mfu"] / rows[-1]["tokens_per_s"]
     measured = {"step_time_s": step_time, "tokens_per_s": tokens_per_s, "mfu": tokens_per_s * mfu_per_rate}
-    return {
-        key: {
-            "planned": plan.get(key),
-            "measured": value,
-            "ratio": value / plan[key] if plan.get(key) else None,
-        }
-        for key, value in measured.items()
+    compared: dict[str, Any] = {key: _beside(plan.get(key), value) for key, value in measured.items()}
+    looked_at = [row["reasons"] for row in rows if "reasons" in row]
+    planned = plan.get("best", {}).get("reasons", {})
+    compared["reasons"] = {
+        reason: _beside(
+            sum(planned[part] for part in parts) if planned else None,
+            statistics.median(row[reason] for row in looked_at),
+        )
+        for reason, parts in _PLANNED.items()
+        if looked_at
     }
+    return compared
+
+
+_PLANNED = {
+    "compute": ("matmul", "attention", "memory", "launch", "recompute"),
+    "tensor": ("tensor",),
+    "context": ("context",),
+    "expert": ("expert",),
+    "data": ("data",),
+    "bubble": ("bubble", "pipeline"),
+    "optimizer": ("optimizer",),
+    "host": ("host",),
+    "jitter": ("jitter",),
+}
+"""Which of the plan's reasons a measured one (`train.waits.MEASURED`) stands beside."""
+
+
+def _beside(planned: float | None, measured: float) -> dict[str, float | None]:
+    return {"planned": planned, "measured": measured, "ratio": measured / planned if planned else None}
 
 
 def engine_overrides(on: str, processes: int | None) -> list[str]:
@@ -196,6 +220,129 @@ def engine_overrides(on: str, processes: int | None) -> list[str]:
     if processes < 1:
         raise InputError(f"--nproc {processes} is not accepted: 1 or more is")
     return [f"cluster.{field}={processes}" for field in ("gpus", "gpus_per_node", "scale_up_domain")]
+
+
+def dry_run(spec: RunSpec, ranks: list[int] | None = None) -> dict[str, Any]:
+    """Build some of a run's processes without the others and without memory, and hold what they keep against the plan.
+
+    Parameters
+    ----------
+    spec
+        The run; `auto` degrees are resolved first.
+    ranks
+        Which processes; the first, one of a middle stage and the last if unset.
+
+    Returns
+    -------
+    dict
+        ``processes``, ``layout`` in words, and for each rank in ``ranks`` what it holds (`train.dry_run.Member`), with
+        ``planned`` bytes of weights, gradients and optimizer state, and ``ratio``, measured over planned, of their sum.
+
+    Raises
+    ------
+    InputError
+        If the layout can't be trained.
+    """
+    from modelworks.plan.stated import stated_memory
+    from modelworks.train.dry_run import members
+    from modelworks.train.layout import layout
+
+    spec = with_layout(spec)
+    degrees = layout(spec, spec.cluster.gpus)
+    chosen = {name: getattr(degrees, name) for name in LAID_OUT}
+    stated = spec.model_copy(update={"parallel": spec.parallel.model_copy(update=chosen)})
+    planned = stated_memory(stated, "modelworks")
+    rows = []
+    for member in members(spec, ranks):
+        row = member.as_dict()
+        row["planned"] = {name: planned[member.kind][name] for name in STATE}
+        row["ratio"] = {name: row[name] / row["planned"][name] for name in STATE}
+        row["ratio"]["state"] = sum(row[name] for name in STATE) / sum(row["planned"].values())
+        rows.append(row)
+    return {
+        "name": spec.name,
+        "processes": degrees.processes,
+        "layout": degrees.describe(),
+        "zero_stage": degrees.zero_stage,
+        "device_memory_bytes": device_spec(spec.cluster.device).memory_bytes,
+        "ranks": rows,
+    }
+
+
+STATE = ("weights", "gradients", "optimizer")
+"""What of a device's memory a dry run counts."""
+
+
+def with_layout(spec: RunSpec, resume: bool = False) -> RunSpec:
+    """The run with the degrees that its spec leaves to `auto` made numbers: the planner's best that `train` can do.
+
+    Degrees that the spec states stay. Where the planner has none, data parallelism takes what the others leave, and a
+    warning says why. A resumed run keeps the layout that it has, unless it now has another number of processes.
+
+    Raises
+    ------
+    InputError
+        If the stated degrees can't be trained on so many processes.
+    """
+    from modelworks.plan.ranking import ranked
+    from modelworks.train.layout import layout
+    from modelworks.train.loop import refuse_unsupported
+
+    processes = spec.cluster.gpus
+    if processes == 1 or "auto" not in (getattr(spec.parallel, name) for name in LAID_OUT):
+        return spec
+    if resume and (before := _recorded_layout(spec)) is not None:
+        return before
+    reason = "train can do none of its layouts"
+    try:
+        for laid_out in ranked(spec, device_spec("local")):
+            candidate = _with_degrees(spec, laid_out)
+            if _accepted(candidate):
+                return candidate
+    except InputError as error:
+        reason = str(error)
+    refuse_unsupported(spec, processes)
+    logger.warning("the planner has no layout for this run (%s): data parallelism takes what is left open", reason)
+    degrees = layout(spec, processes)
+    chosen = {name: getattr(degrees, name) for name in LAID_OUT}
+    return spec.model_copy(update={"parallel": spec.parallel.model_copy(update=chosen)})
+
+
+def _accepted(spec: RunSpec) -> bool:
+    from modelworks.train.loop import refuse_unsupported
+
+    try:
+        refuse_unsupported(spec, spec.cluster.gpus)
+    except InputError:
+        return False
+    return True
+
+
+def _with_degrees(spec: RunSpec, laid_out: RunSpec) -> RunSpec:
+    """A run with another's layout; how many sequences go through the network at once stays the trainer's choice,
+    unless they are what fills a pipeline."""
+    chosen: dict[str, Any] = {"parallel": laid_out.parallel}
+    if laid_out.parallel.pipeline != 1:
+        chosen["train"] = spec.train.model_copy(update={"micro_batch": laid_out.train.micro_batch})
+    return spec.model_copy(update=chosen)
+
+
+def _recorded_layout(spec: RunSpec) -> RunSpec | None:
+    """A run that is resumed, with the layout of its earlier part if that had as many processes."""
+    try:
+        before = RunRecord(spec.name).spec()
+    except (InputError, OperationError):
+        return None
+    if before.cluster.gpus != spec.cluster.gpus:
+        return None
+    kept = {
+        name: value for name, value in before.parallel.model_dump().items() if getattr(spec.parallel, name) == "auto"
+    }
+    return spec.model_copy(update={"parallel": spec.parallel.model_copy(update=kept)})
+
+
+LAID_OUT = ("data", "shard", "tensor", "pipeline", "context", "expert", "expert_tensor", "zero_stage")
+"""What says which part of a run a process has."""
 
 
 def _write_plan(folder: Path, spec: RunSpec) -> None:
@@ -216,8 +363,7 @@ def _as_trained(spec: RunSpec) -> RunSpec:
     from modelworks.train.layout import layout
 
     degrees = layout(spec, spec.cluster.gpus)
-    names = ("data", "shard", "tensor", "pipeline", "context", "expert", "expert_tensor", "zero_stage")
-    chosen: dict[str, Any] = {name: getattr(degrees, name) for name in names}
+    chosen: dict[str, Any] = {name: getattr(degrees, name) for name in LAID_OUT}
     if spec.parallel.recompute == "auto":
         chosen["recompute"] = "none"
     return spec.model_copy(

@@ -55,7 +55,7 @@ class Optimizers:
                 lr=spec.learning_rate,
                 betas=(spec.beta1, spec.beta2),
                 eps=spec.epsilon,
-                fused=True,
+                fused=not any(parameter.is_meta for parameter in rest),
             )
         ]
         if matrices:

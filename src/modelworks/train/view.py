@@ -152,11 +152,50 @@ def runs_table(runs: list[tuple[str, Status]]) -> Table:
     return table
 
 
-def comparison_table(compared: Mapping[str, Mapping[str, float | None]]) -> Table:
-    """A plan beside its measurement, one quantity per line."""
+def comparison_table(compared: Mapping[str, Any]) -> Table:
+    """A plan beside its measurement, one quantity per line; then what a step's time goes to."""
     table = Table("", "planned", "measured", "measured / planned", box=None)
     for quantity, values in compared.items():
-        table.add_row(quantity, *(_number(values[column], ".4g") for column in ("planned", "measured", "ratio")))
+        if quantity != "reasons":
+            table.add_row(quantity, *_numbers(values))
+    for reason, values in compared["reasons"].items():
+        if any(values.values()):
+            table.add_row(f"  {REASONS[reason]}, s", *_numbers(values))
+    return table
+
+
+REASONS = {
+    "compute": "forward and backward passes",
+    "tensor": "tensor-parallel exchanges",
+    "context": "context-parallel exchanges",
+    "expert": "expert-parallel exchanges",
+    "data": "exchanges over replicas",
+    "bubble": "waiting for other stages",
+    "optimizer": "clipping and optimizer",
+    "host": "data, logging",
+    "jitter": "waiting for the slowest process",
+}
+"""What each measured reason is called."""
+
+
+def _numbers(values: Mapping[str, float | None]) -> list[str | None]:
+    return [_number(values[column], ".4g") for column in ("planned", "measured", "ratio")]
+
+
+def dry_run_table(report: Mapping[str, Any]) -> Table:
+    """What some of a run's processes would hold, beside the plan: one process per line."""
+    gib = 2.0**30
+    title = f"{report['name']} on {report['processes']:,} processes: {report['layout']}"
+    table = Table(
+        "rank", "stage", "layers", "parameters", "weights", "gradients", "optimizer", "planned", "built / planned",
+        box=None, title=title, title_justify="left",
+    )  # fmt: skip
+    for row in report["ranks"]:
+        table.add_row(
+            f"{row['rank']:,}", f"{row['stage']} ({row['kind']})", str(row["layers"]), f"{row['parameters']:,}",
+            *(f"{row[name] / gib:,.2f} GiB" for name in ("weights", "gradients", "optimizer")),
+            f"{sum(row['planned'].values()) / gib:,.2f} GiB", f"{row['ratio']['state']:.4f}",
+        )  # fmt: skip
     return table
 
 
