@@ -115,8 +115,8 @@ def test_a_run_that_the_planner_has_no_layout_for_is_data_parallel_with_a_senten
 
 
 def test_what_no_layout_mends_is_refused_in_the_users_own_terms(home: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with pytest.raises(InputError, match=r"train\.compile = true is not accepted on 2 processes"):
-        with_layout(_on(2, compiled=True))
+    with pytest.raises(InputError, match=r"train\.compile = true is not accepted with parallel\.tensor = 2"):
+        with_layout(_on(2, compiled=True, tensor=2))
     assert not caplog.text
 
 

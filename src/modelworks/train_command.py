@@ -321,7 +321,8 @@ def _accepted(spec: RunSpec) -> bool:
 def _with_degrees(spec: RunSpec, laid_out: RunSpec) -> RunSpec:
     """A run with another's layout; how many sequences go through the network at once stays the trainer's choice,
     unless they are what fills a pipeline."""
-    chosen: dict[str, Any] = {"parallel": laid_out.parallel}
+    stated = {name: value for name, value in spec.parallel.model_dump().items() if value != "auto"}
+    chosen: dict[str, Any] = {"parallel": laid_out.parallel.model_copy(update=stated)}
     if laid_out.parallel.pipeline != 1:
         chosen["train"] = spec.train.model_copy(update={"micro_batch": laid_out.train.micro_batch})
     return spec.model_copy(update=chosen)
@@ -338,7 +339,13 @@ def _recorded_layout(spec: RunSpec) -> RunSpec | None:
     kept = {
         name: value for name, value in before.parallel.model_dump().items() if getattr(spec.parallel, name) == "auto"
     }
-    return spec.model_copy(update={"parallel": spec.parallel.model_copy(update=kept)})
+    micro_batch = before.train.micro_batch if spec.train.micro_batch == "auto" else spec.train.micro_batch
+    return spec.model_copy(
+        update={
+            "parallel": spec.parallel.model_copy(update=kept),
+            "train": spec.train.model_copy(update={"micro_batch": micro_batch}),
+        }
+    )
 
 
 LAID_OUT = ("data", "shard", "tensor", "pipeline", "context", "expert", "expert_tensor", "zero_stage")

@@ -63,6 +63,7 @@ def run(spec: RunSpec, folder: Path, late: int | None = None) -> list[list[dict[
         ("dense", 2, {"zero_stage": 0}, {"data"}),
         ("dense", 2, {"zero_stage": 3}, {"data"}),
         ("dense", 2, {"tensor": 2}, {"tensor"}),
+        ("mixture", 2, {"pipeline": 2}, {"bubble"}),
         ("dense", 2, {"context": 2, "zero_stage": 2}, {"context", "data"}),
         ("mixture", 2, {"expert": 2, "zero_stage": 1}, {"expert", "data"}),
         ("mixture", 2, {"tensor": 2, "expert": 2}, {"expert", "tensor"}),

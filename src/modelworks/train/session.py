@@ -26,7 +26,16 @@ from modelworks.train.record import LOCK, RunRecord, Status, own_process, parent
 logger = logging.getLogger(__name__)
 _STATUS_EVERY_S = 1.0
 _MAY_CHANGE = {
-    "train": {"tokens", "max_time", "log_every", "trace_steps", "validate_every", "validation_tokens", "compile"},
+    "train": {
+        "tokens",
+        "max_time",
+        "micro_batch",
+        "log_every",
+        "trace_steps",
+        "validate_every",
+        "validation_tokens",
+        "compile",
+    },
     "checkpoint": None,
     "release": None,
     "cluster": None,

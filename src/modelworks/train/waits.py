@@ -31,7 +31,7 @@ _COLLECTIVES = (
     "all_reduce", "all_gather_single", "all_gather_into_tensor", "all_gather", "reduce_scatter_single",
     "reduce_scatter_tensor", "all_to_all_single", "broadcast", "barrier",
 )  # fmt: skip
-_SENDS = ("send", "recv", "isend", "irecv", "batch_isend_irecv")
+_SENDS = ("send", "recv", "batch_isend_irecv")
 
 
 class Waits:
