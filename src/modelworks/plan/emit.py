@@ -71,7 +71,7 @@ def megatron(run: RunSpec) -> str:
     """Command-line flags of Megatron-LM (core_v0.12 and later)."""
     c, model = _choices(run), run.model
     lines: list[str] = []
-    left_out: list[str] = []
+    left_out = _beside(run)
     flags: dict[str, Any] = {
         "--num-layers": model.layers,
         "--hidden-size": model.hidden,
@@ -161,7 +161,7 @@ def _megatron_recompute(run: RunSpec, c: _Choices, left_out: list[str]) -> dict[
 def torchtitan(run: RunSpec) -> str:
     """A job config of torchtitan (v0.1 and v0.2)."""
     c = _choices(run)
-    left_out: list[str] = []
+    left_out = _beside(run)
     whole = {"fp8": "bfloat16", "bf16": "bfloat16"}.get(c.precision, "float32")
     parallelism: dict[str, Any] = {
         "data_parallel_replicate_degree": c.data if c.zero_stage == 0 else c.data // c.shard,
@@ -213,7 +213,7 @@ def torchtitan(run: RunSpec) -> str:
 def nemo(run: RunSpec) -> str:
     """Overrides of a NeMo 2 recipe, for `nemo llm pretrain --factory NAME`."""
     c = _choices(run)
-    left_out: list[str] = []
+    left_out = _beside(run)
     values: dict[str, Any] = {
         "trainer.num_nodes": run.cluster.nodes,
         "trainer.devices": min(run.cluster.gpus, run.cluster.gpus_per_node),
@@ -260,7 +260,7 @@ def nemo(run: RunSpec) -> str:
 def maxtext(run: RunSpec) -> str:
     """Settings of a MaxText config, over `base.yml`."""
     c = _choices(run)
-    left_out: list[str] = []
+    left_out = _beside(run)
     group = c.tensor * c.context * c.data
     # MaxText's axes multiply: the ranks of an expert's group are taken from those of data and context.
     replicas = max(1, c.data // c.expert)
@@ -352,6 +352,11 @@ def _choices(run: RunSpec) -> _Choices:
 _DEGREES = (
     "data", "shard", "tensor", "pipeline", "context", "expert", "expert_tensor", "virtual_stages", "zero_stage",
 )  # fmt: skip
+
+
+def _beside(run: RunSpec) -> list[str]:
+    """What a run has that no framework's settings are written for here."""
+    return [] if run.model.vision is None else ["the vision tower, which is a model of its own in every framework"]
 
 
 def _comments(left_out: list[str]) -> str:

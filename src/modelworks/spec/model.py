@@ -1,8 +1,9 @@
 """What a network is: the fields that select one decoder, and the parameters that follow from them.
 
-One class covers the Grok family and its open cousins (Llama, Mixtral, GPT-3, DeepSeek-V3). A field that a network
-doesn't have is left at its default. `ModelSpec.parameters` counts from the fields alone, so that a network of
-hundreds of billions of parameters is counted without building it; `model/` builds the same count.
+One class covers the Grok family and its open cousins (Llama, Mixtral, Qwen, GPT-3, DeepSeek-V3), with a vision tower
+where there is one (Grok-1.5V, SmolVLM). A field that a network doesn't have is left at its default.
+`ModelSpec.parameters` counts from the fields alone, so that a network of hundreds of billions of parameters is counted
+without building it; `model/` builds the same count.
 """
 
 from __future__ import annotations
@@ -58,6 +59,84 @@ class LatentAttentionSpec(Section):
     value_head_dim: PositiveInt
 
 
+class VisionSpec(Section):
+    """Eyes in front of the decoder: a vision transformer, and the connector that makes tokens of its patches.
+
+    Tiles are cut into square patches; a transformer attends from each patch of a tile to all of them, in both
+    directions (Dosovitskiy et al. 2020, arXiv:2010.11929; LayerNorm before each half, a plain feed-forward network,
+    biases everywhere, learned positions, no class token: SigLIP, arXiv:2303.15343, without its pooling head). Squares
+    of patches are then joined, and mapped to the decoder's width (Laurencon et al. 2024, arXiv:2408.12637).
+    """
+
+    image_size: PositiveInt
+    """Height and width of a tile in pixels; what does not fill a patch is cut off."""
+    patch_size: PositiveInt
+    layers: PositiveInt
+    hidden: PositiveInt
+    heads: PositiveInt
+    ffn_hidden: PositiveInt
+    pixel_shuffle: PositiveInt = 1
+    """So many patches to each side become one token of the decoder."""
+    connector_hidden: PositiveInt | None = None
+    """Inner width of a connector of two maps and a GELU between them, with biases; unset for one map without bias."""
+    tiles: PositiveInt = 1
+    """Tiles that an image is cut into, its thumbnail among them."""
+    images: PositiveInt = 1
+    """Images in a training sequence; their tokens are part of its length."""
+
+    @model_validator(mode="after")
+    def _divisible(self) -> VisionSpec:
+        if self.patch_size > self.image_size:
+            raise ValueError(f"patch_size = {self.patch_size} is larger than image_size = {self.image_size}")
+        if self.hidden % self.heads:
+            raise ValueError(f"hidden = {self.hidden} doesn't divide by heads = {self.heads}")
+        side = self.image_size // self.patch_size
+        if side % self.pixel_shuffle:
+            raise ValueError(
+                f"pixel_shuffle = {self.pixel_shuffle} doesn't divide image_size / patch_size = {side} patches"
+            )
+        return self
+
+    @property
+    def patches(self) -> int:
+        """Patches of one tile."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def tiles_per_sequence(self) -> int:
+        """Tiles of all of a sequence's images."""
+        return self.images * self.tiles
+
+    @property
+    def tokens_per_sequence(self) -> int:
+        """Tokens of the decoder that a sequence's images take."""
+        return self.tiles_per_sequence * self.patches // self.pixel_shuffle**2
+
+    @property
+    def transformer(self) -> EncoderSpec:
+        """The vision transformer as a network of its own, over the patches of one tile.
+
+        Its patches come from no vocabulary: `vocab` means nothing.
+        """
+        return EncoderSpec(
+            name="vision", layers=self.layers, hidden=self.hidden, ffn_hidden=self.ffn_hidden, heads=self.heads,
+            kv_heads=self.heads, head_dim=self.hidden // self.heads, vocab=1, context=self.patches, activation="gelu",
+            gated_mlp=False, norm="layer", position="learned", attention_bias=True, mlp_bias=True,
+        )  # fmt: skip
+
+    def connector_maps(self, width: int) -> list[tuple[int, int]]:
+        """The (out, in) of the connector's linear maps onto a decoder of that width."""
+        joined = self.pixel_shuffle**2 * self.hidden
+        if self.connector_hidden is None:
+            return [(width, joined)]
+        return [(self.connector_hidden, joined), (width, self.connector_hidden)]
+
+    @property
+    def patch_width(self) -> int:
+        """Numbers in a patch: its pixels in three colours."""
+        return 3 * self.patch_size**2
+
+
 class ModelSpec(Section):
     """A decoder-only transformer.
 
@@ -108,6 +187,7 @@ class ModelSpec(Section):
     output_softcap: PositiveFloat | None = None
     tied_embeddings: bool = False
     moe: MoESpec | None = None
+    vision: VisionSpec | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -171,6 +251,14 @@ class ModelSpec(Section):
         return count_parameters(self)
 
 
+class EncoderSpec(ModelSpec):
+    """A transformer whose tokens attend to all tokens of their sequence, those behind them too."""
+
+    def attended(self, seq_len: int) -> float:
+        """How many tokens one token attends to: all of them."""
+        return float(seq_len)
+
+
 @dataclass(frozen=True)
 class ParameterCount:
     """Parameters of a whole network, by kind; `active` is what one token passes through."""
@@ -189,6 +277,8 @@ class ParameterCount:
     norms: int
     active_experts: int
     """The routed experts that one token passes through."""
+    vision: int = 0
+    """The vision transformer and its connector."""
 
     @property
     def total(self) -> int:
@@ -202,6 +292,7 @@ class ParameterCount:
             + self.shared_experts
             + self.router
             + self.norms
+            + self.vision
         )
 
     @property
@@ -250,4 +341,15 @@ def count_parameters(model: ModelSpec) -> ParameterCount:
         router=moe_layers * router,
         norms=layers * norms_per_layer + norm_size,
         active_experts=moe_layers * expert * moe.top_k if moe else 0,
+        vision=0 if model.vision is None else _vision_parameters(model.vision, hidden),
     )
+
+
+def _vision_parameters(vision: VisionSpec, width: int) -> int:
+    """Patch embedding with its bias, positions, transformer, last normalisation, connector."""
+    transformer = count_parameters(vision.transformer)
+    embedding = (vision.patch_width + 1 + vision.patches) * vision.hidden
+    connector = sum(out * of for out, of in vision.connector_maps(width))
+    if vision.connector_hidden is not None:
+        connector += vision.connector_hidden + width
+    return embedding + transformer.attention + transformer.dense_ffn + transformer.norms + connector
