@@ -78,5 +78,5 @@ def _feed_forward_weights(model: ModelSpec) -> int:
     if model.moe is not None:
         moe = model.moe
         visited = matrices * model.hidden * (moe.top_k * moe.expert_hidden + model.shared_width)
-        weights += model.moe_layers * (visited + model.hidden * moe.experts)
+        weights += model.moe_layers * (visited + model.hidden * (moe.experts + moe.shared_gate))
     return weights

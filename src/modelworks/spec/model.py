@@ -27,7 +27,11 @@ class MoESpec(Section):
     expert_hidden: PositiveInt
     """Width of one expert."""
     shared_experts: NonNegativeInt = 0
-    """Experts of the same width that every token passes through (DeepSeek)."""
+    """Experts that every token passes through (DeepSeek)."""
+    shared_hidden: PositiveInt | None = None
+    """Width of a shared expert where it isn't `expert_hidden` (Qwen2-MoE)."""
+    shared_gate: bool = False
+    """Whether each token weighs what its shared experts give, by a sigmoid (Qwen2-MoE)."""
     residual: bool = False
     """Whether a dense feed-forward network of the model's `ffn_hidden` stands beside the experts (Grok-2)."""
     dense_layers: NonNegativeInt = 0
@@ -44,7 +48,14 @@ class MoESpec(Section):
             raise ValueError(
                 f"moe.top_k = {self.top_k} needs at least as many experts, and moe.experts = {self.experts}"
             )
+        if not self.shared_experts and (self.shared_hidden is not None or self.shared_gate):
+            raise ValueError("moe.shared_hidden and moe.shared_gate need moe.shared_experts of 1 or more")
         return self
+
+    @property
+    def shared_width(self) -> int:
+        """Width of all shared experts together."""
+        return self.shared_experts * (self.shared_hidden or self.expert_hidden)
 
 
 class LatentAttentionSpec(Section):
@@ -178,6 +189,11 @@ class ModelSpec(Section):
     attention_softcap: PositiveFloat | None = None
     """`c` in `c * tanh(logits / c)`."""
     attention_bias: bool = False
+    """Biases of all four maps of attention."""
+    qkv_bias: bool = False
+    """Biases of queries, keys and values alone (Qwen2)."""
+    nope_interval: PositiveInt | None = None
+    """Every so manieth layer has no rotary embedding, the others have (SmolLM3); unset for all."""
     mlp_bias: bool = False
     sliding_window: PositiveInt | None = None
     """How many tokens attention looks back on, itself included, in every layer (Mistral 7B); unset for all."""
@@ -214,6 +230,15 @@ class ModelSpec(Section):
             raise ValueError(f"heads = {self.heads} doesn't divide by kv_heads = {self.kv_heads}")
         if self.position == "rope" and self.head_dim % 2:
             raise ValueError(f"head_dim = {self.head_dim} must be even for a rotary embedding")
+        if self.qkv_bias and self.attention_bias:
+            raise ValueError("qkv_bias and attention_bias are not accepted together: attention_bias has those too")
+        if self.qkv_bias and self.latent_attention is not None:
+            raise ValueError("qkv_bias is not accepted beside latent_attention")
+        if self.nope_interval is not None and (self.position != "rope" or self.nope_interval > self.layers):
+            raise ValueError(
+                f"nope_interval = {self.nope_interval} needs position = 'rope' and as many layers, "
+                f"and there are {self.layers}"
+            )
         if self.moe is not None and self.moe.dense_layers > self.layers:
             raise ValueError(f"moe.dense_layers = {self.moe.dense_layers} is more than layers = {self.layers}")
         return self
@@ -233,7 +258,11 @@ class ModelSpec(Section):
         """Width of the dense networks that every token passes through beside the experts it is sent to."""
         if self.moe is None:
             return 0
-        return self.moe.shared_experts * self.moe.expert_hidden + (self.ffn_hidden if self.moe.residual else 0)
+        return self.moe.shared_width + (self.ffn_hidden if self.moe.residual else 0)
+
+    def has_rotary(self, layer: int) -> bool:
+        """Whether a layer, counted from 0, turns its queries and keys by their positions."""
+        return self.position == "rope" and (self.nope_interval is None or (layer + 1) % self.nope_interval != 0)
 
     def attended(self, seq_len: int) -> float:
         """How many tokens one token of a causal sequence attends to on average: half, or up to a window of them."""
@@ -314,7 +343,8 @@ def count_parameters(model: ModelSpec) -> ParameterCount:
     if model.latent_attention is None:
         q_width, kv_width = model.heads * model.head_dim, model.kv_heads * model.head_dim
         attention = hidden * (q_width + 2 * kv_width) + q_width * hidden
-        attention += (q_width + 2 * kv_width + hidden) if model.attention_bias else 0
+        attention += (q_width + 2 * kv_width) if model.attention_bias or model.qkv_bias else 0
+        attention += hidden if model.attention_bias else 0
         norms_per_layer += 2 * model.head_dim if model.qk_norm else 0
     else:
         mla = model.latent_attention
@@ -337,7 +367,7 @@ def count_parameters(model: ModelSpec) -> ParameterCount:
         attention=layers * attention,
         dense_ffn=model.dense_layers * (matrices * hidden * model.ffn_hidden + ffn_bias),
         experts=moe_layers * expert * moe.experts if moe else 0,
-        shared_experts=moe_layers * matrices * hidden * model.shared_width,
+        shared_experts=moe_layers * hidden * (matrices * model.shared_width + (moe.shared_gate if moe else 0)),
         router=moe_layers * router,
         norms=layers * norms_per_layer + norm_size,
         active_experts=moe_layers * expert * moe.top_k if moe else 0,
