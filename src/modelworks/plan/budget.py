@@ -143,7 +143,7 @@ def budget(cluster: ClusterSpec, limits: Limits, today: date | None = None) -> B
         f"compute: MFU {planned.mfu:.0%} is that of {planned.run.model.name} planned on {planned.devices:,} devices; "
         f"{rules.goodput:.0%} of the time trains",
         "the two laws were fitted below 1e23 FLOPs: what lies beyond is extrapolated, and they part",
-        _joint_note(),
+        _joint_note(compute),
     ]
     if experts["dense_equivalent"] <= experts["active_parameters"]:
         notes.append("at this size the law for experts, fitted below 1.3 billion parameters, sees no gain in them")
@@ -286,13 +286,15 @@ def _with_experts(best: Optimum) -> dict[str, float]:
     }
 
 
-def _joint_note() -> str:
+def _joint_note(compute_flop: float) -> str:
     law = joint_law()
     error, fitted = law.allocation_error or 0.0, law.fitted_compute_flop or 0.0
+    beyond = max(0.0, math.log10(compute_flop / fitted)) if fitted else 0.0
     return (
         f"the law of {law.name} was fitted around {fitted:.1g} FLOPs and up to {law.most_experts} experts, one for "
-        f"each token; its authors state no errors, and the range takes one of {error} in the power of compute that its "
-        "best size grows with"
+        f"each token: {beyond:.0f} orders of magnitude below this, so believe the gain of experts before their sizes; "
+        f"its authors state no errors, and the range takes one of {error} in the power of compute that the best size "
+        "grows with"
     )
 
 
