@@ -170,7 +170,10 @@ def test_processes_whose_parent_is_killed_save_and_end(
         (["--nproc", "0"], "--nproc 0 is not accepted"),
         (["--nproc", "3"], "train.global_batch = 4 is not accepted on 3"),
         (["--nproc", "2", "--set", "parallel.data=4"], "doesn't divide into"),
-        (["--nproc", "4", *_set("parallel.data=4", "train.micro_batch=4")], "train.micro_batch = 4 times parallel.data = 4"),
+        (
+            ["--nproc", "4", *_set("parallel.data=4", "train.micro_batch=4")],
+            "train.micro_batch = 4 times parallel.data = 4",
+        ),
         (["--nproc", "2", "--set", "parallel.shard=3"], "parallel.shard = 3 is not accepted"),
         (["--nproc", "2", "--set", "data.files=[]"], "data.files"),
         (
