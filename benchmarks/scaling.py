@@ -66,8 +66,8 @@ class Result:
     name: str
     processes: int
     tokens_per_s: float
-    efficiency: float
-    """Of each core in use, over one process with one thread."""
+    efficiency: float | None
+    """Of each core in use, over one process with one thread, where that was measured."""
     rival: str | None
     counterpart: bool
     ratio: float | None
@@ -318,7 +318,8 @@ def main() -> int:
                 print(f"\r\x1b[K{place} of {len(chosen)}: {case.name}", end="", file=sys.stderr, flush=True)
             ours, rival = measure(case, folder, options.precision, options.rounds, options.steps)
             speed = SEQUENCES * LENGTH / statistics.median(ours)
-            one_thread = one_thread or speed
+            if case.processes == case.threads == 1:
+                one_thread = speed
             used = min(cores, case.processes * case.threads)
             ratios = [mine / other for mine, other in zip(ours, rival, strict=True)] if rival else []
             results.append(
@@ -326,7 +327,7 @@ def main() -> int:
                     name=case.name,
                     processes=case.processes,
                     tokens_per_s=speed,
-                    efficiency=speed / (used * one_thread),
+                    efficiency=speed / (used * one_thread) if one_thread else None,
                     rival=case.rival,
                     counterpart=case.counterpart,
                     ratio=statistics.median(ratios) if ratios else None,
@@ -341,10 +342,8 @@ def main() -> int:
             note = "" if result.counterpart else " (no counterpart)"
             beside = f"  {result.ratio:.3f} of {result.rival}'s time{note}"
             beside += f", spread {result.spread:.3f}" if result.spread is not None else ""
-        print(
-            f"{result.processes} x  {result.name:26s} {result.tokens_per_s:7,.0f} tokens/s  "
-            f"{result.efficiency:5.0%} per core{beside}"
-        )
+        each = "" if result.efficiency is None else f"  {result.efficiency:5.0%} per core"
+        print(f"{result.processes} x  {result.name:26s} {result.tokens_per_s:7,.0f} tokens/s{each}{beside}")
     slow = [result for result in results if result.counterpart and (result.ratio or 0.0) > TARGET]
     print(
         f"slower than plain PyTorch by more than 3 %: {', '.join(f'{r.name} on {r.processes}' for r in slow) or 'none'}"

@@ -178,7 +178,7 @@ def compare(record: RunRecord) -> dict[str, Any]:
     planned = plan.get("best", {}).get("reasons", {})
     compared["reasons"] = {
         reason: _beside(
-            sum(planned[part] for part in parts) if planned else None,
+            sum(planned.get(part, 0.0) for part in parts) if planned else None,
             statistics.median(row[reason] for row in looked_at),
         )
         for reason, parts in _PLANNED.items()
@@ -188,7 +188,7 @@ def compare(record: RunRecord) -> dict[str, Any]:
 
 
 _PLANNED = {
-    "compute": ("matmul", "attention", "memory", "launch", "recompute"),
+    "compute": ("matmul", "attention", "memory", "launch", "recompute", "vision"),
     "tensor": ("tensor",),
     "context": ("context",),
     "expert": ("expert",),
