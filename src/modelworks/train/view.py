@@ -187,14 +187,14 @@ def dry_run_table(report: Mapping[str, Any]) -> Table:
     gib = 2.0**30
     title = f"{report['name']} on {report['processes']:,} processes: {report['layout']}"
     table = Table(
-        "rank", "stage", "layers", "parameters", "weights", "gradients", "optimizer", "planned", "built / planned",
-        box=None, title=title, title_justify="left",
+        "rank", "stage", "layers", "parameters", "weights", "gradients", "optimizer", "planned", "built/planned",
+        box=None, title=f"{title}; in GiB", title_justify="left",
     )  # fmt: skip
     for row in report["ranks"]:
         table.add_row(
-            f"{row['rank']:,}", f"{row['stage']} ({row['kind']})", str(row["layers"]), f"{row['parameters']:,}",
-            *(f"{row[name] / gib:,.2f} GiB" for name in ("weights", "gradients", "optimizer")),
-            f"{sum(row['planned'].values()) / gib:,.2f} GiB", f"{row['ratio']['state']:.4f}",
+            f"{row['rank']:,}", f"{row['stage']}", str(row["layers"]), f"{row['parameters'] / 1e9:,.3f} B",
+            *(f"{row[name] / gib:,.2f}" for name in ("weights", "gradients", "optimizer")),
+            f"{sum(row['planned'].values()) / gib:,.2f}", f"{row['ratio']['state']:.4f}",
         )  # fmt: skip
     return table
 
