@@ -24,7 +24,7 @@ from modelworks.train.session import MemberSession, open_run
 from modelworks.train.view import NoView
 from modelworks.train.waits import MEASURED, Waits
 
-LATE_S = 0.3
+LATE_S = 0.6
 
 
 @pytest.fixture(scope="module")
@@ -89,9 +89,9 @@ def test_time_that_one_process_is_late_is_loading_for_it_and_waiting_for_the_oth
 ) -> None:
     for rows in run(make("dense", "adamw", text_folder, 2, zero_stage=3), folder, late=1):
         for row in rows:
-            # Means over two processes, of which one loads and the other waits.
-            assert row["reasons"]["host"] > 0.9 * LATE_S / 2
-            assert row["reasons"]["jitter"] > 0.9 * LATE_S / 2
+            # Means over two processes, of which one loads and the other waits, less what that one is late itself.
+            assert row["reasons"]["host"] > 0.5 * LATE_S / 2
+            assert row["reasons"]["jitter"] > 0.5 * LATE_S / 2
 
 
 def test_pytorchs_functions_are_its_own_again_after_a_step_that_failed() -> None:

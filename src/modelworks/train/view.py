@@ -187,8 +187,8 @@ def dry_run_table(report: Mapping[str, Any]) -> Table:
     gib = 2.0**30
     title = f"{report['name']} on {report['processes']:,} processes: {report['layout']}"
     table = Table(
-        "rank", "stage", "layers", "parameters", "weights", "gradients", "optimizer", "planned", "built/planned",
-        box=None, title=f"{title}; in GiB", title_justify="left",
+        "rank", "stage", "layers", "parameters", "weights", "gradients", "optimizer", "planned", "ratio",
+        box=None, pad_edge=False, collapse_padding=True, title=f"{title}; in GiB", title_justify="left",
     )  # fmt: skip
     for row in report["ranks"]:
         table.add_row(
