@@ -10,6 +10,7 @@ import json
 import logging
 import signal
 import statistics
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from modelworks.spec.run import RunSpec
 from modelworks.train.interrupt import Interrupted
 from modelworks.train.record import MetricsReader, RunRecord, Status
 from modelworks.train.session import RunSession, open_run
+from modelworks.train.watchdog import Watchdog, limit_s
 from modelworks.train.worker import FINAL_CODES
 
 if TYPE_CHECKING:
@@ -93,12 +95,19 @@ def train_in_processes(session: RunSession, view: View) -> TrainResult:
 
     record, interrupt, processes = RunRecord(session.folder), session.interrupt, session.spec.cluster.gpus
     refuse_unsupported(session.spec, processes)
-    with view:
+    with view, tempfile.TemporaryDirectory(prefix="modelworks-pulse-") as pulses:
         prepare_data(session, view)
         reader = MetricsReader(session.folder)
         reader.read()
-        arguments = ["-m", "modelworks.train.worker", str(session.folder), *(["--resume"] if session.resume else [])]
-        work = Processes(arguments, processes, session.folder / "processes", FINAL_CODES, lambda: _newest_step(record))
+        arguments = ["-m", "modelworks.train.worker", str(session.folder), "--pulse", pulses]
+        work = Processes(
+            [*arguments, "--resume"] if session.resume else arguments,
+            processes,
+            session.folder / "processes",
+            FINAL_CODES,
+            lambda: _newest_step(record),
+            Watchdog(Path(pulses), processes, limit_s(session.spec.guard.hang)),
+        )
         try:
             interrupt.graceful, passed_on = True, False
             while not work.wait(_LOOK_S):

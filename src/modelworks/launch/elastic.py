@@ -2,8 +2,9 @@
 
 The agent runs in a thread of the process that asked for it, so that the processes are its children: they can be
 signalled by it, and they notice when it is gone. What ends a process decides what follows. A code that says "no
-attempt will do better" ends the run; anything else (killed, out of memory, lost its peers) starts all processes again,
-which take up the last checkpoint, as long as attempts get further than the ones before them.
+attempt will do better" ends the run; anything else (killed, out of memory, hung, lost its peers) starts all processes
+again, which take up the last checkpoint, as long as attempts get further than the ones before them. Once one has
+failed the others have nothing to wait for: they are given a moment for their last words and are then killed.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ import os
 import signal
 import sys
 import threading
+import time
 import uuid
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from subprocess import Popen, TimeoutExpired
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -28,8 +31,18 @@ ATTEMPTS_WITHOUT_PROGRESS = 3
 _ATTEMPTS = 1_000_000
 """What the agent is told; how many are useful is decided by the progress they make."""
 _MONITOR_S = 0.2
-_SHUTDOWN_S = 5
+_LAST_WORDS_S = 2.0
 """How long a process whose peers are lost may take to end before it is killed."""
+
+
+class Watch(Protocol):
+    """What tells processes that hang from those that work."""
+
+    def started(self) -> None:
+        """The processes are about to be started, or started again."""
+
+    def hung(self) -> Mapping[int, str]:
+        """Those to be killed by number, with what is to be said of each."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +52,11 @@ class Failure:
     rank: int
     exit_code: int
     last_words: str
+    hung: bool = False
 
     def __str__(self) -> str:
+        if self.hung:
+            return f"process {self.rank} {self.last_words} and was killed"
         if self.exit_code < 0:
             return f"process {self.rank} was ended by {signal.Signals(-self.exit_code).name}"
         return f"process {self.rank} ended with code {self.exit_code}: {self.last_words}"
@@ -61,6 +77,8 @@ class Processes:
         Exit codes after which there is no other attempt.
     progress
         A number that grows as the work gets on.
+    watch
+        Finds the processes that hang, which are then killed.
     """
 
     def __init__(
@@ -70,13 +88,15 @@ class Processes:
         log_folder: Path,
         final_codes: Collection[int],
         progress: Callable[[], float],
+        watch: Watch | None = None,
     ) -> None:
         self.failure: Failure | None = None
         """What ended the work, once it has ended badly."""
         self.restarts = 0
         self._final_codes, self._progress = frozenset(final_codes), progress
         self._reached, self._futile, self._stopping = progress(), 0, False
-        self._agent = _agent(list(arguments), count, log_folder, self._on_failure)
+        ends = _Ends(log_folder, self._final_codes, watch)
+        self._agent = _agent(list(arguments), count, log_folder, ends, self._on_failure)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="agent", daemon=True)
         self._thread.start()
@@ -120,20 +140,76 @@ class Processes:
         return True
 
 
+class _Ends:
+    """Looks after how the processes of one attempt end."""
+
+    def __init__(self, log_folder: Path, final_codes: Collection[int], watch: Watch | None) -> None:
+        self._log_folder, self._final_codes, self._watch = log_folder, final_codes, watch
+
+    def starting(self) -> None:
+        """The processes are about to be started."""
+        if self._watch is not None:
+            self._watch.started()
+
+    def look(self, processes: Mapping[int, Popen[bytes]]) -> Failure | None:
+        """Kill what hangs; if any process has failed, end them all and say which failure came before the others."""
+        hung: dict[int, str] = {}
+        if self._watch is not None and all(process.poll() is None for process in processes.values()):
+            hung.update(self._watch.hung())
+            for number in hung:
+                _kill(processes[number])
+        if not any(process.poll() for process in processes.values()):
+            return None
+        deadline = time.monotonic() + _LAST_WORDS_S
+        while time.monotonic() < deadline and any(process.poll() is None for process in processes.values()):
+            time.sleep(0.02)
+        codes = {number: code for number, process in processes.items() if (code := process.poll())}
+        for process in processes.values():
+            _kill(process)
+
+        def order(number: int) -> tuple[bool, bool, bool]:
+            return number not in hung, codes[number] not in self._final_codes, codes[number] == 1
+
+        first = min(codes, key=order)
+        if first in hung:
+            return Failure(first, codes[first], hung[first], hung=True)
+        return Failure(first, codes[first], self._last_words(first))
+
+    def _last_words(self, number: int) -> str:
+        logs = sorted(
+            self._log_folder.glob(f"*/attempt_*/{number}/stderr.log"), key=lambda path: path.stat().st_mtime_ns
+        )
+        lines = logs[-1].read_text(encoding="utf-8", errors="replace").split("\n") if logs else []
+        words = [line.strip() for line in lines if line.strip()]
+        return words[-1] if words else "it printed nothing"
+
+
 def _agent(
-    arguments: list[str], count: int, log_folder: Path, on_failure: Callable[[Failure], bool]
+    arguments: list[str], count: int, log_folder: Path, ends: _Ends, on_failure: Callable[[Failure], bool]
 ) -> LocalElasticAgent:
     """torchrun's agent for one machine, which asks `on_failure` before it starts the processes again."""
     from torch.distributed.elastic import rendezvous
     from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+    from torch.distributed.elastic.multiprocessing.api import SubprocessContext
     from torch.distributed.elastic.rendezvous import registry
 
     class Agent(LocalElasticAgent):
+        def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+            ends.starting()
+            started: dict[int, Any] = super()._start_workers(worker_group)
+            return started
+
         def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+            context = self._pcontext
+            assert isinstance(context, SubprocessContext)
+            processes = {number: handler.proc for number, handler in context.subprocess_handlers.items()}
+            failure = ends.look(processes)
+            if failure is None and any(process.poll() is None for process in processes.values()):
+                return RunResult(state=WorkerState.HEALTHY)
             result: RunResult = super()._monitor_workers(worker_group)
-            if result.state == WorkerState.FAILED and not on_failure(_first_failure(result, log_folder)):
+            if failure is not None and not on_failure(failure):
                 self._remaining_restarts = 0
             return result
 
@@ -159,17 +235,16 @@ def _agent(
         local_addr="127.0.0.1",
     )
     logs = DefaultLogsSpecs(str(log_folder), redirects=Std.ALL, tee={0: Std.ERR})
-    return Agent(spec, logs, shutdown_timeout=_SHUTDOWN_S)
+    return Agent(spec, logs)
 
 
-def _first_failure(result: Any, log_folder: Path) -> Failure:
-    """The failure that came before the others, which may only have lost their peer: a final code or a signal first."""
-    failures = sorted(result.failures.values(), key=lambda failure: (failure.exitcode == 1, failure.timestamp))
-    first = failures[0]
-    logs = sorted(log_folder.glob(f"*/attempt_*/{first.local_rank}/stderr.log"), key=lambda path: path.stat().st_mtime)
-    lines = logs[-1].read_text(encoding="utf-8", errors="replace").split("\n") if logs else []
-    words = [line.strip() for line in lines if line.strip()]
-    return Failure(first.local_rank, first.exitcode, words[-1] if words else "it printed nothing")
+def _kill(process: Popen[bytes]) -> None:
+    """End a process, which leads a group of its own, and wait until it has."""
+    if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(TimeoutExpired):
+            process.wait(_LAST_WORDS_S)
 
 
 def _send(process: int, number: int) -> None:
