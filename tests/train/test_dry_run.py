@@ -55,7 +55,7 @@ def held(ranks: Ranks, spec: RunSpec) -> dict[str, Any]:
 )
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_dry_run_counts_what_the_processes_hold(network: str, fields: dict[str, int], optimizer: str) -> None:
-    spec = make(network, optimizer, None, 4, **fields)
+    spec = make(network, optimizer, None, 4, micro_batch=1, **fields)
     real = together(4, held, spec)
     for rank, member in enumerate(members(spec, [0, 1, 2, 3])):
         assert (member.weights, member.optimizer) == (real[rank]["weights"], real[rank]["optimizer"])
@@ -93,4 +93,4 @@ def test_a_planned_run_of_grok_1_holds_what_the_plan_says(
 
 def test_a_rank_that_is_not_there_is_refused() -> None:
     with pytest.raises(InputError, match="--rank 4 is not accepted: 0 to 3 are"):
-        list(members(make("dense", "adamw", None, 4), [4]))
+        list(members(make("dense", "adamw", None, 4, micro_batch=1), [4]))

@@ -52,7 +52,7 @@ def weights(ranks: Ranks, spec: RunSpec) -> dict[str, Any]:
 
 
 def check(network: str, processes: int, fields: dict[str, int]) -> None:
-    spec = make(network, "adamw", None, processes, **fields)
+    spec = make(network, "adamw", None, processes, micro_batch=1, **fields)
     expected = Decoder(spec.model)
     expected.initialize(spec.train.seed)
     for found in together(processes, weights, spec):
