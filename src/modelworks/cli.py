@@ -11,13 +11,16 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
 
 from modelworks import __version__
 from modelworks.spec.errors import InputError, OperationError
+
+if TYPE_CHECKING:
+    from modelworks.spec.run import RunSpec
 
 app = typer.Typer(
     name="modelworks",
@@ -245,25 +248,41 @@ def _train(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a field: train.seq_len=256.")
     ] = None,
-    on: Annotated[str, typer.Option("--on", help="Where to train: local.")] = "local",
+    on: Annotated[str, typer.Option("--on", help="Where to train: local, slurm, kubernetes or ray.")] = "local",
     nproc: Annotated[
-        int | None, typer.Option("--nproc", help="Processes on this machine, instead of the spec's cluster.gpus.")
+        int | None, typer.Option("--nproc", help="Processes in all, instead of the spec's cluster.gpus.")
+    ] = None,
+    nodes: Annotated[
+        int | None, typer.Option("--nodes", help="Nodes, instead of cluster.gpus / cluster.gpus_per_node.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be submitted to the engine, and stop.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="With --dry-run: write it there instead.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run from its last good checkpoint.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Train a run, and release it where its spec says so.
+    """Train a run, and release it where its spec says so; here, or on the engine that --on names.
 
     Ctrl-C and SIGTERM save a checkpoint and stop (exit codes 130 and 0); a second Ctrl-C ends at once.
 
     Example: [bold]modelworks train examples/grok-tiny.toml --set train.tokens=500_000[/bold]
     """
+    from modelworks.engine_command import take_back
     from modelworks.spec.files import load_run
     from modelworks.train.interrupt import Interrupted, exit_code
     from modelworks.train.view import NoView, view_for
     from modelworks.train_command import engine_overrides, train_and_release
 
-    spec = load_run(file, [*(overrides or []), *engine_overrides(on, nproc)])
+    spec = load_run(file, [*(overrides or []), *engine_overrides(on, nproc, nodes)])
+    if on != "local":
+        _submit(spec, on, resume, dry_run, out, as_json)
+        return
+    if dry_run:
+        raise InputError("--dry-run is not accepted with --on local: it goes with slurm, kubernetes and ray")
+    take_back(spec.name)
     view = NoView() if as_json else view_for(spec.name, console)
     say = (lambda text: None) if as_json else console.print
     try:
@@ -278,6 +297,30 @@ def _train(
         _print_summary(summary, released)
     if result.received is not None:
         raise typer.Exit(exit_code(result.received))
+
+
+def _submit(spec: RunSpec, on: str, resume: bool, dry_run: bool, out: Path | None, as_json: bool) -> None:
+    """Give a run to an engine, or show what would be given."""
+    from modelworks.engine_command import render, submit
+
+    if out is not None and not dry_run:
+        raise InputError(f"--out {out} is not accepted without --dry-run")
+    if dry_run:
+        text = render(spec, on)
+        if out is None:
+            print(text, end="")
+        else:
+            from modelworks.spec.home import write_atomically
+
+            write_atomically(out, text)
+            console.print(f"written to {out}", soft_wrap=True)
+        return
+    submission = submit(spec, on, resume)
+    if as_json:
+        print(json.dumps({"name": spec.name, "engine": on, "job": submission.job, "nodes": spec.nodes}, indent=1))
+    else:
+        console.print(f"{spec.name} is {on}'s job {submission.job}", soft_wrap=True)
+        console.print(f"watch it: modelworks runs watch {spec.name}")
 
 
 def _print_summary(summary: dict[str, Any], released: dict[str, Any] | None) -> None:
@@ -297,10 +340,10 @@ def _runs_list(as_json: JsonFlag = False) -> None:
 
     Example: [bold]modelworks runs list --json[/bold]
     """
-    from modelworks.train.record import list_runs
+    from modelworks.engine_command import all_records
     from modelworks.train.view import runs_table
 
-    found = [(record, record.status()) for record in list_runs()]
+    found = [(record, record.status()) for record in all_records()]
     if as_json:
         print(json.dumps([{"name": record.name} | status.as_dict() for record, status in found], indent=1))
     elif found:
@@ -315,10 +358,10 @@ def _runs_show(run: RunName, as_json: JsonFlag = False) -> None:
 
     Example: [bold]modelworks runs show first-run[/bold]
     """
-    from modelworks.train.record import RunRecord
+    from modelworks.engine_command import record_of
     from modelworks.train.view import panel
 
-    record = RunRecord(run)
+    record = record_of(run)
     status, rows = record.status(), record.metrics()
     if as_json:
         shown = {"name": record.name, "folder": str(record.folder)} | status.as_dict()
@@ -338,10 +381,32 @@ def _runs_watch(run: RunName) -> None:
 
     Example: [bold]modelworks runs watch first-run[/bold]
     """
-    from modelworks.train.record import RunRecord
+    from modelworks.engine_command import record_of
     from modelworks.train.view import watch
 
-    watch(RunRecord(run), console)
+    watch(record_of(run), console)
+
+
+@runs_app.command("log")
+def _runs_log(run: RunName, lines: Annotated[int, typer.Option(help="The last so many.")] = 40) -> None:
+    """Print the last lines that a run in the background, or on an engine, has printed.
+
+    Example: [bold]modelworks runs log first-run --lines 100[/bold]
+    """
+    from modelworks.engine_command import record_of
+
+    print(record_of(run).log(lines))
+
+
+@runs_app.command("resume")
+def _runs_resume(run: RunName) -> None:
+    """Go on with a run in the background, where it was trained before: on this machine or on its engine.
+
+    Example: [bold]modelworks runs resume first-run[/bold]
+    """
+    from modelworks.engine_command import resume_run
+
+    console.print(f"{run} goes on as {resume_run(run)}", soft_wrap=True)
 
 
 @runs_app.command("stop")
@@ -354,9 +419,9 @@ def _runs_stop(
 
     Example: [bold]modelworks runs stop first-run[/bold]
     """
-    from modelworks.train.record import RunRecord
+    from modelworks.engine_command import record_of
 
-    record = RunRecord(run)
+    record = record_of(run)
     ended = record.stop(wait)
     if as_json:
         print(json.dumps({"name": record.name, "ended": ended} | record.status().as_dict(), indent=1))

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from modelworks.spec.fields import Bytes, Count, Duration, Fraction, PositiveFloat, PositiveInt, Section
 from modelworks.spec.hardware import ClusterSpec
+from modelworks.spec.launch import LaunchSpec
 from modelworks.spec.model import ModelSpec
 from modelworks.spec.simulation import SimulateSpec
 
@@ -150,6 +151,15 @@ class CheckpointSpec(Section):
     """Steps between checkpoints, instead of time."""
     keep: PositiveInt = 2
     """How many are kept."""
+    to: str | None = None
+    """Where checkpoints are copied as well, in a folder of the run's name: any URL that fsspec knows, such as
+    `s3://bucket/runs`."""
+
+    @model_validator(mode="after")
+    def _is_url(self) -> CheckpointSpec:
+        if self.to is not None and not re.fullmatch(r"[a-z][a-z0-9+.-]*://.+", self.to):
+            raise ValueError(f"checkpoint.to = {self.to!r} is not accepted: a URL is, such as s3://bucket/runs")
+        return self
 
 
 class ReleaseSpec(Section):
@@ -177,6 +187,7 @@ class RunSpec(Section):
     parallel: ParallelSpec = ParallelSpec()
     checkpoint: CheckpointSpec = CheckpointSpec()
     release: ReleaseSpec = ReleaseSpec()
+    launch: LaunchSpec = LaunchSpec()
     simulate: SimulateSpec = SimulateSpec()
 
     @model_validator(mode="after")
@@ -209,7 +220,14 @@ class RunSpec(Section):
         self._fills_stages()
         self._fills_cluster()
         self._fills_global_batch()
+        if self.cluster.gpus % self.nodes:
+            raise ValueError(f"launch.nodes = {self.nodes} doesn't divide cluster.gpus = {self.cluster.gpus}")
         return self
+
+    @property
+    def nodes(self) -> int:
+        """Over how many nodes an engine spreads the run."""
+        return self.launch.nodes or self.cluster.nodes
 
     def _fills_stages(self) -> None:
         """Refuse a pipeline of more chunks than layers, and a schedule that its chunks don't go with."""
