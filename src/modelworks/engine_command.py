@@ -1,8 +1,8 @@
 """Runs on engines, for the commands: submitting one, and a record that also asks the engine.
 
-`EngineRecord` is a `RunRecord` whose status is the file's word where the run is at work and the engine's where it isn't:
-a run that waits for machines, or whose job is gone, can't say so itself. Whoever shows runs takes them from `record_of`
-and `all_records` and needn't know where they are trained.
+`EngineRecord` is a `RunRecord` whose status is the file's word where the run is at work and the engine's where it
+isn't: a run that waits for machines, or whose job is gone, can't say so itself. Whoever shows runs takes them from
+`record_of` and `all_records` and needn't know where they are trained.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Node 0 holds the run's folder: it prepares the data, reports, and releases, as `modelworks train` does on one machine.
 The others lend their processes. The folder is on a file system that all nodes share, and holds the spec; a run always
-goes on from its last checkpoint if it has one. How a node ended is its exit code and stands in its log as well, where the
-engine finds it: 0 finished or saved, 2 bad input, 3 work that would fail anywhere, 1 anything else.
+goes on from its last checkpoint if it has one. How a node ended is its exit code and stands in its log as well, where
+the engine finds it: 0 finished or saved, 2 bad input, 3 work that would fail anywhere, 1 anything else.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
-from modelworks.launch.losses import ProcessesLost
+from modelworks.launch.losses import LostError
 from modelworks.launch.submission import NodeLog
 from modelworks.spec.errors import InputError, OperationError
 from modelworks.spec.fields import validate
@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> int:
     except InputError as error:
         code, words = 2, str(error)
     except OperationError as error:
-        code = _MAY_SUCCEED if isinstance(error, ProcessesLost) else _FAILS_ANYWHERE
+        code = _MAY_SUCCEED if isinstance(error, LostError) else _FAILS_ANYWHERE
         words = str(error)
     finally:
         if words is not None:
@@ -86,7 +86,7 @@ def _take_part(given: argparse.Namespace, log: NodeLog) -> int:
         failure = attend(RunRecord(given.folder), interrupt, resume=True, look=lambda: None, meeting=meeting)
     if failure is None or interrupt.received is not None:
         return 0
-    kind = FINAL_CODES.get(failure.exit_code, ProcessesLost)
+    kind = FINAL_CODES.get(failure.exit_code, LostError)
     raise kind(str(failure))
 
 
@@ -99,7 +99,7 @@ def _hold(folder: Path, spec: RunSpec, meeting: Meeting | None) -> int:
         with FileLock(folder / LOCK, timeout=_PREDECESSOR_S):
             pass
     except Timeout:
-        raise ProcessesLost(f"another process is still at work in {folder}") from None
+        raise LostError(f"another process is still at work in {folder}") from None
     result, _ = train_and_release(spec, resume=True, view=NoView(), say=_say, meeting=meeting)
     _say(f"{spec.name} {result.state} after {result.step:,} steps")
     return 0

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modelworks.launch.losses import ProcessesLost
+from modelworks.launch.losses import LostError
 from modelworks.spec.errors import InputError, OperationError
 from modelworks.spec.files import device_spec
 from modelworks.spec.home import runs_folder, write_atomically
@@ -157,7 +157,7 @@ def attend(
 
     Raises
     ------
-    ProcessesLost
+    LostError
         If the other nodes are gone.
     """
     from modelworks.launch.elastic import Processes
@@ -191,7 +191,7 @@ def _end_of(failure: Failure | None, status: Status) -> InputError | OperationEr
         return OperationError(f"the run's processes ended without having finished: {status.message}")
     if failure.exit_code in FINAL_CODES:
         return FINAL_CODES[failure.exit_code](failure.last_words)
-    return ProcessesLost(f"{failure}; its output is in the run's folder, in processes")
+    return LostError(f"{failure}; its output is in the run's folder, in processes")
 
 
 def _newest_step(record: RunRecord) -> float:

@@ -166,9 +166,9 @@ class SlurmCluster:
         """Every living process that was started for this cluster, by it or by its jobs."""
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
-                if process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE:
-                    if process.environ().get("SLURM_CONF") == str(self._file):
-                        yield process
+                living = process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE
+                if living and process.environ().get("SLURM_CONF") == str(self._file):
+                    yield process
 
     def _daemon(self, *command: str) -> None:
         log = (self._folder / "log" / "daemons.log").open("ab")

@@ -20,7 +20,7 @@ from modelworks.spec.run import RunSpec
 kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="pip install kubernetes-validate")
 trainer_api = pytest.importorskip("kubeflow_trainer_api.models", reason="pip install kubeflow-trainer-api")
 
-VERSION = "1.34"
+VERSION = "1.37"
 FULL = {
     "time": "1d",
     "cpus_per_node": 96,
@@ -111,6 +111,11 @@ def test_a_field_that_is_misspelt_is_found_by_these_checks() -> None:
     spec = objects["JobSet"]["spec"]
     spec["failurePolicy"]["maxRestart"] = spec["failurePolicy"].pop("maxRestarts")
     assert _without_empty(trainer_api.JobsetV1alpha2JobSetSpec.from_dict(spec).to_dict()) != spec
+    patched = manifests(_run(FULL, "trainjob"))[-1]["spec"]
+    (replicated,) = patched["runtimePatches"][0]["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+    pod = replicated["template"]["spec"]["template"]["spec"]
+    pod["nodeSelectors"] = pod.pop("nodeSelector")
+    assert _without_empty(trainer_api.TrainerV1alpha1TrainJobSpec.from_dict(patched).to_dict()) != patched
 
 
 def test_the_pods_get_the_spec_the_devices_and_the_meeting_point() -> None:

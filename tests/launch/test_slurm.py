@@ -67,12 +67,13 @@ def _finished(run: str) -> bool:
 
 
 def _tensors(run: str, step: int) -> dict[str, bytes]:
-    """The bytes of every tensor in a checkpoint, put together from all files."""
+    """The bytes of every tensor of network and optimizer in a checkpoint, by file and name."""
     found: dict[str, bytes] = {}
     for path in sorted(checkpoint.folder_of(runs_folder() / run, step).glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 - not a mapping
-                found[f"{path.name}:{key}"] = file.get_tensor(key).flatten().view(-1).numpy().tobytes()
+                if not key.startswith("random."):
+                    found[f"{path.name}:{key}"] = file.get_tensor(key).numpy().tobytes()
     return found
 
 
@@ -129,7 +130,9 @@ def test_a_run_that_loses_a_node_is_requeued_and_ends_with_the_weights_of_an_und
 
     modelworks("train", write_run(make_run("whole", steps)), "--nproc", "2")
     assert _losses("lost") == _losses("whole")
-    assert _tensors("lost", steps) == _tensors("whole", steps)
+    weights = _tensors("lost", steps)
+    assert len(weights) > 100
+    assert weights == _tensors("whole", steps)
 
 
 @pytest.mark.slow
@@ -217,8 +220,8 @@ def test_a_job_that_slurm_refuses_leaves_nothing_behind(
 def test_a_dry_run_prints_the_whole_script_and_writes_nothing(home: Path, tmp_path: Path) -> None:
     path = tmp_path / "big.toml"
     path.write_text(
-        'name = "big"\nmodel = "grok-1"\n[train]\nglobal_batch = 1024\n[cluster]\npreset = "h100-superpod"\ngpus = 256\n'
-        '[launch]\ntime = "1d"\n[launch.slurm]\naccount = "research"\nswitches = 1\n'
+        'name = "big"\nmodel = "grok-1"\n[train]\nglobal_batch = 1024\n[cluster]\npreset = "h100-superpod"\n'
+        'gpus = 256\n[launch]\ntime = "1d"\n[launch.slurm]\naccount = "research"\nswitches = 1\n'
     )
     done = subprocess.run(
         [sys.executable, "-m", "modelworks", "train", str(path), "--on", "slurm", "--dry-run"],

@@ -45,7 +45,7 @@ class Source:
         return min(total, self.spec.max_bytes or total)
 
     def fingerprint(self) -> list[list[Any]]:
-        """What changes when an input does: path, size and time of change of each file, wherever a fetched one is kept."""
+        """What changes when an input does: path, size and time of change of each file, or what its file system says."""
         return [self.fetched.get(path) or _version(path) for path in self.files]
 
     def records(self) -> Iterator[Record]:

@@ -1,9 +1,10 @@
 """A node's processes of one run, under torchrun's agent: started together, and again when one is lost.
 
-The agents of several nodes meet (`launch.meeting`); what one of them starts again, all do. The agent runs in a thread of the process that asked for it, so that the processes are its children: they can be
-signalled by it, and they notice when it is gone. What ends a process decides what follows. A code that says "no
-attempt will do better" ends the run; anything else (killed, out of memory, lost its peers) starts all processes again,
-which take up the last checkpoint, as long as attempts get further than the ones before them.
+The agents of several nodes meet (`launch.meeting`); what one of them starts again, all do. The agent runs in a thread
+of the process that asked for it, so that the processes are its children: they can be signalled by it, and they notice
+when it is gone. What ends a process decides what follows. A code that says "no attempt will do better" ends the run;
+anything else (killed, out of memory, lost its peers) starts all processes again, which take up the last checkpoint, as
+long as attempts get further than the ones before them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from modelworks.launch.losses import ProcessesLost
+from modelworks.launch.losses import LostError
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -76,7 +77,7 @@ class Processes:
 
     Raises
     ------
-    ProcessesLost
+    LostError
         While waiting, if the other nodes are gone.
     """
 
@@ -109,7 +110,7 @@ class Processes:
         if isinstance(self._error, RendezvousError) and self._stopping:
             return True
         if isinstance(self._error, RendezvousError):
-            raise ProcessesLost(f"the other nodes are lost: {self._error}") from self._error
+            raise LostError(f"the other nodes are lost: {self._error}") from self._error
         if self._error is not None:
             raise self._error
         return not self._thread.is_alive()

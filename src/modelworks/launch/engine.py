@@ -1,8 +1,8 @@
 """What every engine can do with a run: show what it would submit, submit it, say where it stands, stop it.
 
 An engine is a module's class without state of its own; what it must remember is in the run's folder
-(`launch.submission`). Whatever a cluster's tool answers that isn't an answer becomes an `OperationError` with the tool's
-words.
+(`launch.submission`). Whatever a cluster's tool answers that isn't an answer becomes an `OperationError` with the
+tool's words.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from modelworks.spec.errors import InputError, OperationError
 from modelworks.spec.run import RunSpec
 
 JobState = Literal["waiting", "running", "stopped", "ended", "failed", "gone"]
-"""`waiting` for machines (at first or between attempts); `stopped` by whoever asked for it; `gone`: the engine no longer
-knows the job."""
+"""`waiting` for machines (at first or between attempts); `stopped` by whoever asked for it; `gone`: the engine no
+longer knows the job."""
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """Runs on Kubernetes: a JobSet (or a TrainJob of Kubeflow) of one pod per node, and what it needs beside it.
 
-The spec goes into a ConfigMap and the runs onto a volume claim that all pods can write. Pods meet at the first one, by the
-name that the JobSet's headless service gives it. A pod that fails fails its job, and the JobSet starts all pods again,
-unless the exit code says that no attempt will do better. Deletion and suspension give a pod `launch.grace` to save.
-Everything is done by `kubectl`, so that whatever it is set up to reach is what is used.
+The spec goes into a ConfigMap and the runs onto a volume claim that all pods can write. Pods meet at the first one, by
+the name that the JobSet's headless service gives it. A pod that fails fails its job, and the JobSet starts all pods
+again, unless the exit code says that no attempt will do better. Deletion and suspension give a pod `launch.grace` to
+save. Everything is done by `kubectl`, so that whatever it is set up to reach is what is used.
 """
 
 from __future__ import annotations
@@ -210,8 +210,9 @@ def _trainjob(spec: RunSpec, name: str) -> dict[str, Any]:
     """A TrainJob whose runtime gives the JobSet; what a runtime may not say is patched in."""
     pod, kubernetes = _pod(spec, name), spec.launch.kubernetes
     container = pod["containers"][0]
-    patched = {key: pod[key] for key in ("serviceAccountName", "nodeSelector", "tolerations", "affinity") if key in pod}
-    patch = {
+    may_patch = ("serviceAccountName", "nodeSelector", "tolerations", "affinity")
+    patched: dict[str, Any] = {key: pod[key] for key in may_patch if key in pod}
+    patch: dict[str, Any] = {
         **patched,
         "volumes": pod["volumes"],
         "containers": [{"name": _CONTAINER, "volumeMounts": container["volumeMounts"]}],

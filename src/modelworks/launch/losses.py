@@ -5,5 +5,5 @@ from __future__ import annotations
 from modelworks.spec.errors import OperationError
 
 
-class ProcessesLost(OperationError):
+class LostError(OperationError):
     """Processes or nodes were lost, and more attempts here brought nothing; on other nodes they may."""

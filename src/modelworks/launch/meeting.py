@@ -23,7 +23,7 @@ from torch._C._distributed_c10d import TCPStore
 from torch.distributed.elastic.rendezvous import RendezvousParameters, registry
 from torch.distributed.elastic.rendezvous.api import RendezvousHandler, RendezvousInfo
 
-from modelworks.launch.losses import ProcessesLost
+from modelworks.launch.losses import LostError
 from modelworks.launch.submission import NodeLog
 from modelworks.spec.errors import OperationError
 
@@ -93,7 +93,7 @@ class Meeting:
                 raise OperationError(
                     f"nodes cannot meet at {where}: {reason}; launch.port says which is used"
                 ) from None
-            raise ProcessesLost(f"the first node didn't answer at {where} within {_CONNECT_S} s") from None
+            raise LostError(f"the first node didn't answer at {where} within {_CONNECT_S} s") from None
 
     def note_loss(self, words: str) -> None:
         """Note in the node's log that it has lost a process."""
@@ -116,7 +116,7 @@ class Meeting:
             while not self._store.check([_READY]):
                 time.sleep(_LOOK_S)
         except RuntimeError as error:
-            raise ProcessesLost(f"the first node, {self.place.host}, is gone: {str(error).splitlines()[0]}") from None
+            raise LostError(f"the first node, {self.place.host}, is gone: {str(error).splitlines()[0]}") from None
 
     def handler(self) -> Rounds:
         """torchrun's side of the meeting."""

@@ -1,9 +1,9 @@
 """Runs on Ray: one actor per node, in a placement group that puts each on a node of its own.
 
-A driver, ``python -m modelworks.launch.ray_cluster FOLDER``, stays on the machine that submitted the run. It asks Ray for
-the nodes, starts the same per-node program there as every other engine does, and when a node or its part is lost lets
-go of all and asks again, without the nodes that failed too often. An actor holds its program's standard input open, so
-the program ends when the actor, and with it the node, is gone.
+A driver, ``python -m modelworks.launch.ray_cluster FOLDER``, stays on the machine that submitted the run. It asks Ray
+for the nodes, starts the same per-node program there as every other engine does, and when a node or its part is lost
+lets go of all and asks again, without the nodes that failed too often. An actor holds its program's standard input
+open, so the program ends when the actor, and with it the node, is gone.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from modelworks.launch.submission import (
     failing_nodes,
     final_codes,
     note_vanished,
-    read_submission,
     versions,
 )
 from modelworks.spec.errors import InputError, OperationError

@@ -123,9 +123,8 @@ def script(spec: RunSpec, folder: Path, excluded: list[str]) -> str:
         options.append(f"--mem={launch.memory_per_node // 2**20}M")
     if slurm.switches is not None:
         options.append(f"--switches={slurm.switches}@{_duration(slurm.switches_wait)}")
-    for name in ("account", "partition", "qos", "reservation", "constraint"):
-        if (value := getattr(slurm, name)) is not None:
-            options.append(f"--{name}={shlex.quote(value)}")
+    given = {name: getattr(slurm, name) for name in ("account", "partition", "qos", "reservation", "constraint")}
+    options += [f"--{name}={shlex.quote(value)}" for name, value in given.items() if value is not None]
     if excluded:
         options.append(f"--exclude={','.join(excluded)}")
     options += slurm.options
@@ -148,7 +147,8 @@ def script(spec: RunSpec, folder: Path, excluded: list[str]) -> str:
         f"port=$(({launch.port} + (SLURM_JOB_ID + ${{SLURM_RESTART_COUNT:-0}}) % 1000))",
         "# Is every node fit? Then one agent per node, in the order of the network's switches.",
         f"{task} {python} -m modelworks.launch.health {run} &&",
-        f'  {task} --kill-on-bad-exit=1 {python} -m modelworks.node_command {run} --nodes={spec.nodes} --meet="$address:$port"',
+        f"  {task} --kill-on-bad-exit=1 {python} -m modelworks.node_command {run} --nodes={spec.nodes} "
+        '--meet="$address:$port"',
         f"{python} -m modelworks.launch.slurm after {run} --code=$?",
     ]
     return "\n".join(lines) + "\n"

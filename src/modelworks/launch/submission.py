@@ -1,7 +1,7 @@
 """What a run's folder knows of the engine that it was given to: ``engine.json``, and one log per node.
 
-``engine.json`` names the engine and its job. Each node appends to a file of its own in ``nodes/`` when it begins, loses a
-process, and ends, so that no two machines write to one file. A node that has begun and not ended when its attempt is
+``engine.json`` names the engine and its job. Each node appends to a file of its own in ``nodes/`` when it begins, loses
+a process, and ends, so that no two machines write to one file. A node that has begun and not ended when its attempt is
 over has failed silently; who fails too often is left out of the next attempt. An attempt's name is that of what was
 submitted and a number behind a dot.
 """

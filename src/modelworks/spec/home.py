@@ -19,7 +19,6 @@ from pathlib import Path
 
 from platformdirs import user_data_path
 
-
 ENGINE_FILE = "engine.json"
 """In the folder of a run that was given to an engine: to which, and as what."""
 

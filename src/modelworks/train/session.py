@@ -202,6 +202,6 @@ def refuse_changes(before: RunSpec, now: RunSpec) -> None:
             if field not in may_change and value != old[section][field]:
                 raise InputError(
                     f"--resume: {section}.{field} = {value!r} differs from the run's {old[section][field]!r}; only "
-                    "train.tokens, train.max_time, what is logged and validated, [checkpoint], [launch] and [release] may "
-                    "change"
+                    "train.tokens, train.max_time, what is logged and validated, [checkpoint], [launch] and [release] "
+                    "may change"
                 )
