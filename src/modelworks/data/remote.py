@@ -63,7 +63,7 @@ def patiently(work: Callable[[], Result], what: str) -> Result:
     """
     retrying = tenacity.Retrying(
         stop=tenacity.stop_after_delay(_GIVE_UP_S),
-        wait=tenacity.wait_exponential_jitter(initial=0.5, max=30),
+        wait=tenacity.wait_exponential(multiplier=0.5, max=30) + tenacity.wait_random(0, 1),
         retry=tenacity.retry_if_exception(_may_pass),
         reraise=True,
     )
