@@ -161,4 +161,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    ended = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Threads that wait for other nodes, deep in PyTorch, would bring the interpreter's own end to a bad one.
+    os._exit(ended)

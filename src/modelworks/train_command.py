@@ -173,6 +173,8 @@ def attend(
         while not work.wait(_LOOK_S):
             if interrupt.received is not None:
                 if not passed_on:
+                    if meeting is not None:
+                        meeting.note_told()
                     work.signal(signal.SIGTERM)
                     passed_on = True
                 elif not work.at_work:

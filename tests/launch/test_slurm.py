@@ -161,6 +161,7 @@ def test_a_job_that_is_told_to_go_saves_and_is_requeued_and_one_that_is_stopped_
     assert "slurm's job" in said
     _wait_for(lambda: _finished("told"), cluster, "told")
     assert [row["step"] for row in record_of("told").metrics()] == list(range(1, steps + 1))
+    _wait_for(lambda: "told finished after 400 steps" in record_of("told").log(), cluster, "told")
     assert "told finished after 400 steps" in modelworks("runs", "log", "told")["text"]
 
 

@@ -39,7 +39,7 @@ _LOST_PEERS = 1
 _MONITOR_S = 0.2
 _SHUTDOWN_S = 5
 """How long a process whose peers are lost may take to end before it is killed."""
-_MEETING_S = 10.0
+_MEETING_S = 3.0
 """How long an agent that was told to end may take to notice; one that waits for other nodes never does."""
 
 
@@ -144,6 +144,8 @@ class Processes:
             self._agent.run()
         except BaseException as error:  # noqa: BLE001 - it belongs to whoever waits
             self._error = error
+        finally:
+            self._agent.get_worker_group().spec.rdzv_handler.shutdown()
 
     def goes_on_after(self, failure: Failure) -> bool:
         """Whether another attempt is worth it."""

@@ -100,6 +100,11 @@ class Meeting:
         if self._log is not None:
             self._log.write("lost a process", message=words)
 
+    def note_told(self) -> None:
+        """Note in the node's log that it was told to end, and won't have failed if it isn't given the time to."""
+        if self._log is not None:
+            self._log.write("told to end")
+
     def announce(self) -> None:
         """Say that the run is ready for its processes."""
         self._store.set(_READY, "yes")

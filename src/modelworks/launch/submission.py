@@ -19,7 +19,7 @@ from typing import Any, Literal
 from modelworks import __version__
 from modelworks.spec.home import ENGINE_FILE, write_atomically
 
-_Event = Literal["began", "lost a process", "unhealthy", "ended", "vanished"]
+_Event = Literal["began", "lost a process", "told to end", "unhealthy", "ended", "vanished"]
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def note_vanished(folder: Path, attempt: str) -> None:
     """Log for each node that began an attempt and never ended it that it has vanished; call it when that is over."""
     for node, events in node_events(folder).items():
         mine = [event["event"] for event in events if event["attempt"] == attempt]
-        if "began" in mine and mine[-1] not in ("ended", "unhealthy", "vanished"):
+        if "began" in mine and not {"told to end", "ended", "vanished"} & set(mine):
             NodeLog(folder, node, attempt).write("vanished")
 
 
