@@ -13,10 +13,10 @@ from typing import Any
 
 import psutil
 import pytest
-from safetensors import safe_open
 
 sys.path.insert(0, str(Path(__file__).parent))
 from slurm_cluster import SlurmCluster, missing
+from weights import tensors_of
 
 from modelworks.engine_command import record_of
 from modelworks.launch.slurm import script
@@ -64,17 +64,6 @@ def _saved(run: str) -> int:
 
 def _finished(run: str) -> bool:
     return record_of(run).status().state == "finished"
-
-
-def _tensors(run: str, step: int) -> dict[str, bytes]:
-    """The bytes of every tensor of network and optimizer in a checkpoint, by file and name."""
-    found: dict[str, bytes] = {}
-    for path in sorted(checkpoint.folder_of(runs_folder() / run, step).glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 - not a mapping
-                if not key.startswith("random."):
-                    found[f"{path.name}:{key}"] = file.get_tensor(key).numpy().tobytes()
-    return found
 
 
 def _losses(run: str) -> list[float]:
@@ -130,9 +119,9 @@ def test_a_run_that_loses_a_node_is_requeued_and_ends_with_the_weights_of_an_und
 
     modelworks("train", write_run(make_run("whole", steps)), "--nproc", "2")
     assert _losses("lost") == _losses("whole")
-    weights = _tensors("lost", steps)
+    weights = tensors_of("lost", steps)
     assert len(weights) > 100
-    assert weights == _tensors("whole", steps)
+    assert weights == tensors_of("whole", steps)
 
 
 @pytest.mark.slow
