@@ -14,7 +14,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from modelworks.plan.accuracy import RunResult, predict_runs, read_runs, summary
+from modelworks.plan.accuracy import RunResult, predict_runs, summary
+from modelworks.plan.measured_runs import read_runs
 
 DEFAULT = Path(__file__).parents[2] / "shared" / "data" / "measured" / "runs.csv"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,14 @@ settings.register_profile("modelworks", deadline=None)
 settings.load_profile("modelworks")
 
 _REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_ones_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep tests away from the folder of whoever runs them: a machine measured there would change plans."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("MODELWORKS_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
 
 
 @pytest.fixture

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 from scipy.optimize import least_squares
 
-from modelworks.plan.accuracy import prefix, read_runs, represent
 from modelworks.plan.layout import joined
+from modelworks.plan.measured_runs import prefix, read_runs, represent
 from modelworks.plan.planner import calibration_spec, setting_for
 from modelworks.plan.step import evaluate
 from modelworks.spec.software import CalibrationSpec

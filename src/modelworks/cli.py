@@ -198,7 +198,8 @@ def _accuracy(
     Example: [bold]modelworks accuracy runs.csv --plot accuracy.html[/bold]
     """
     from modelworks.plan.accuracy import as_json as contract
-    from modelworks.plan.accuracy import predict_runs, read_runs, table
+    from modelworks.plan.accuracy import predict_runs, table
+    from modelworks.plan.measured_runs import read_runs
     from modelworks.plan.scatter import write_scatter
 
     rows = read_runs(runs)

@@ -122,9 +122,7 @@ class SlurmCluster:
             with contextlib.suppress(psutil.Error):
                 words, environment = process.cmdline(), process.environ()
                 daemon = words[:1] == ["slurmd"] and words[-1] == node
-                step = "slurmstepd" in process.name() and any(
-                    child.environ().get("SLURMD_NODENAME") == node for child in process.children(recursive=True)
-                )
+                step = f"slurmd-{node}.log" in _open_logs(process, self._folder)
                 if daemon or step or environment.get("SLURMD_NODENAME") == node:
                     mine.append(process)
         return mine
@@ -167,7 +165,9 @@ class SlurmCluster:
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 living = process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE
-                if living and process.environ().get("SLURM_CONF") == str(self._file):
+                mine = process.environ().get("SLURM_CONF") == str(self._file)
+                # A step's daemon has no environment left, but it writes to its node's log.
+                if living and (mine or _open_logs(process, self._folder)):
                     yield process
 
     def _daemon(self, *command: str) -> None:
@@ -195,6 +195,20 @@ class SlurmCluster:
                     f"waited in vain for {what}: {(self._folder / 'log' / 'daemons.log').read_text()}\n{self.log()}"
                 )
             time.sleep(0.2)
+
+
+def _open_logs(process: psutil.Process, folder: Path) -> list[str]:
+    """The names of a cluster's logs that a step's daemon has open."""
+    if "slurmstepd" not in process.name():
+        return []
+    found = []
+    with contextlib.suppress(OSError):
+        for handle in Path(f"/proc/{process.pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                path = handle.readlink()
+                if path.parent == folder / "log":
+                    found.append(path.name)
+    return found
 
 
 def _free_ports(count: int) -> list[int]:

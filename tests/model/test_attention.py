@@ -56,6 +56,20 @@ def test_fused_attention_sees_the_cache_and_no_later_position(length: int, seen:
     torch.testing.assert_close(output, naive_attention(queries, keys, values, None), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("length", "seen"), [(9, 9), (40, 40), (1, 40), (5, 40), (30, 40), (3, 4)])
+@pytest.mark.parametrize("window", [1, 4, 39, 40, 100])
+def test_fused_attention_over_a_window_sees_the_last_keys_alone(length: int, seen: int, window: int) -> None:
+    queries, keys, values = random_heads(length, seen)
+    output = fused_attention(queries, keys, values, SCALE, window)
+    for query in range(length):
+        last = seen - length + query + 1
+        first = max(0, last - window)
+        expected = naive_attention(
+            queries[:, :, query : query + 1], keys[:, :, first:last], values[:, :, first:last], None
+        )
+        torch.testing.assert_close(output[:, :, query : query + 1], expected, rtol=1e-4, atol=1e-5)
+
+
 def test_softcapped_attention_in_bfloat16_stays_near_the_definition() -> None:
     ours = random_heads(140, 140, torch.bfloat16)
     output = softcap_attention(*ours, SCALE, CAP)

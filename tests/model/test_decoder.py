@@ -11,11 +11,17 @@ from torch import Tensor
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 from modelworks.model.decoder import Decoder
@@ -34,11 +40,17 @@ GROK: dict[str, Any] = SIZES | {
     "tied_embeddings": True,
     "moe": EXPERTS,
 }
+TOWER: dict[str, Any] = {
+    "image_size": 32, "patch_size": 8, "layers": 1, "hidden": 16, "heads": 2, "ffn_hidden": 32, "pixel_shuffle": 2,
+}  # fmt: skip
 SHAPES = {
     "grok": GROK,
     "mixtral": SIZES | {"moe": EXPERTS | {"renormalize": True}},
     "dense first, then experts": SIZES | {"ffn_hidden": 56, "moe": EXPERTS | {"dense_layers": 1}},
     "llama with biases": SIZES | {"ffn_hidden": 56, "attention_bias": True, "mlp_bias": True},
+    "mistral": SIZES | {"ffn_hidden": 56, "sliding_window": 7},
+    "smollm3": SIZES | {"ffn_hidden": 56, "nope_interval": 2, "tied_embeddings": True},
+    "qwen2": SIZES | {"ffn_hidden": 56, "qkv_bias": True},
     "qwen": SIZES | {"ffn_hidden": 56, "qk_norm": True, "head_dim": 16, "tied_embeddings": True},
 }
 
@@ -92,6 +104,15 @@ def transformers_model(kind: str) -> PreTrainedModel:
         return MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=4, num_experts_per_tok=2)).eval()
     if kind == "qwen3":
         return Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=16)).eval()
+    if kind == "qwen2":
+        return Qwen2ForCausalLM(Qwen2Config(**sizes)).eval()
+    if kind == "qwen2 with a window":
+        config = Qwen2Config(**sizes, use_sliding_window=True, sliding_window=20, max_window_layers=0)
+        return Qwen2ForCausalLM(config).eval()
+    if kind == "mistral":
+        return MistralForCausalLM(MistralConfig(**sizes, sliding_window=20)).eval()
+    if kind == "smollm3":
+        return SmolLM3ForCausalLM(SmolLM3Config(**sizes, no_rope_layer_interval=2, pad_token_id=0)).eval()
     tied, biased = kind == "tied llama", kind == "llama with biases"
     config = LlamaConfig(**sizes, tie_word_embeddings=tied, attention_bias=biased, mlp_bias=biased)
     return LlamaForCausalLM(config).eval()
@@ -122,7 +143,13 @@ def with_weights_of(theirs: PreTrainedModel) -> Decoder:
     return ours
 
 
-@pytest.mark.parametrize("kind", ["llama", "tied llama", "llama with biases", "mixtral", "qwen3"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "llama", "tied llama", "llama with biases", "mixtral", "mistral", "smollm3", "qwen2", "qwen2 with a window",
+        "qwen3",
+    ],
+)  # fmt: skip
 def test_logits_and_losses_equal_those_of_transformers(kind: str) -> None:
     theirs = transformers_model(kind)
     for parameter in theirs.parameters():  # norms' scales and biases too
@@ -243,6 +270,8 @@ def test_a_sequence_longer_than_the_context_is_refused() -> None:
             },
         ),
         ("position = 'learned'", {"position": "learned"}),
+        ("sliding_window = 16", {"sliding_window": 16, "attention_softcap": 30.0}),
+        ("vision", {"vision": TOWER}),
         ("norm = 'layer'", {"norm": "layer"}),
         ("gated_mlp = False", {"gated_mlp": False}),
         ("rope_scaling.rope_type = 'yarn'", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}),

@@ -11,12 +11,10 @@ from modelworks.plan.accuracy import (
     RunResult,
     as_json,
     predict_runs,
-    prefix,
-    read_runs,
-    represent,
     summaries,
     summary,
 )
+from modelworks.plan.measured_runs import prefix, read_runs, represent
 from modelworks.spec.errors import InputError
 
 MEASURED = Path(__file__).parents[3] / "shared" / "data" / "measured" / "runs.csv"

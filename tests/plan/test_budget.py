@@ -33,6 +33,10 @@ def test_six_billion_buys_a_cluster_of_the_size_of_colossus(six_billion: Budget)
 def test_the_compute_is_spent_as_the_laws_say(six_billion: Budget) -> None:
     for best in six_billion.optima:
         assert 6 * best.parameters * best.tokens == pytest.approx(six_billion.compute_flop)
+    for many in six_billion.expert_optima:
+        assert 6 * many.best.parameters * many.best.tokens == pytest.approx(six_billion.compute_flop)
+        assert many.dense_compute_flop > six_billion.compute_flop
+    assert any("its authors state no errors" in note for note in six_billion.notes)
     device = device_spec("h100-sxm")
     most = six_billion.devices * device.peak_flops["bf16"] * six_billion.train_days * 86400
     assert six_billion.compute_flop <= most * six_billion.mfu * cost_rules().goodput * (1 + 1e-9)

@@ -65,12 +65,14 @@ def test_every_setting_is_one_that_the_framework_declares(framework: str, run: R
     written = settings(framework, emit(run, framework))
     assert set(written) <= set(KNOWN[framework]["flags"])
     assert written
+    for name, accepted in KNOWN[framework].get("values", {}).items():
+        assert written.get(name, accepted[0]) in accepted
 
 
 def test_every_declared_setting_of_the_list_is_written_for_some_run() -> None:
     for framework, known in KNOWN.items():
         used = {name for run in VARIANTS for name in settings(framework, emit(run, framework))}
-        assert set(known["flags"]) - used <= {"model.config.recompute_modules"} | _MODEL_FLAGS
+        assert set(known["flags"]) - used <= _MODEL_FLAGS
 
 
 _MODEL_FLAGS = {"--qk-layernorm", "dcn_tensor_parallelism"}
@@ -121,10 +123,30 @@ def test_maxtexts_mesh_multiplies_to_the_devices_and_its_batch_to_the_global_one
         assert batch == pytest.approx(512)
 
 
+def test_sharded_optimizer_state_and_sharded_weights_are_different_settings_of_maxtext_and_nemo() -> None:
+    one, three = (settings("maxtext", emit(run_of(zero_stage=stage), "maxtext")) for stage in (1, 3))
+    assert (one["shard_optimizer_over_data"], three["shard_optimizer_over_data"]) == ("true", "false")
+    assert int(one["ici_data_parallelism"]) * int(one["dcn_data_parallelism"]) == 4
+    assert int(three["ici_fsdp_parallelism"]) * int(three["dcn_fsdp_parallelism"]) == 4
+    one, three = (settings("nemo", emit(run_of(zero_stage=stage), "nemo")) for stage in (1, 3))
+    assert one["ddp.use_distributed_optimizer"] == "true"
+    assert "dist.use_megatron_fsdp" not in one
+    assert three["ddp.data_parallel_sharding_strategy"] == "optim_grads_params"
+    assert three["checkpoint.ckpt_format"] == "fsdp_dtensor"
+
+
+def test_nemos_overrides_are_values_of_yaml() -> None:
+    written = settings("nemo", emit(run_of(recompute="projections", recompute_share=1.0), "nemo"))
+    assert written["model.recompute_modules"] == "[core_attn,layernorm,mlp]"
+    assert written["model.virtual_pipeline_model_parallel_size"] == "null"
+    assert written["model.sequence_parallel"] == "true"
+    assert written["model.pipeline_model_parallel_size"] == "16"
+
+
 def test_what_a_framework_cannot_do_is_said() -> None:
     assert "# not expressed: the zero-bubble schedule" in emit(run_of(schedule="zero-bubble"), "megatron")
     assert "InterleavedZeroBubble" in emit(run_of(schedule="zero-bubble"), "torchtitan")
-    assert "# not expressed: zero_stage = 2" in emit(run_of(zero_stage=2), "nemo")
+    assert "# not expressed: zero_stage = 2" in emit(run_of(zero_stage=2), "maxtext")
     assert "# not expressed: recomputation of 50%" in emit(
         run_of(recompute="projections", recompute_share=0.5), "maxtext"
     )

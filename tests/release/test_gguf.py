@@ -128,6 +128,35 @@ def small(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
+def test_a_network_with_biases_of_queries_keys_and_values_continues_as_llama_cpps_qwen2_does(tmp_path: Path) -> None:
+    sizes = {"layers": 2, "hidden": 64, "ffn_hidden": 128, "heads": 4, "kv_heads": 2, "vocab": 6, "context": 64}
+    network = Decoder(ModelSpec.model_validate(sizes | {"qkv_bias": True}))
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(generator=torch.Generator().manual_seed(len(name)))
+    metadata = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.tokens": ["<|endoftext|>", "a", "b", "c", "ab", "abc"],
+        "tokenizer.ggml.merges": ["a b", "ab c"],
+    }
+    write_gguf(tmp_path / "out.gguf", network, vocabulary_of(metadata, "small"), "f32", Described("small"))
+    assert read_gguf_header(tmp_path / "out.gguf").architecture == "qwen2"
+    import_gguf(tmp_path / "out.gguf", tmp_path / "back")
+    back = load_pretrained(tmp_path / "back")
+    assert back.spec.qkv_bias
+    for (_, given), (_, read) in zip(network.named_parameters(), back.named_parameters(), strict=True):
+        assert torch.equal(given, read)
+    prompts = [[1, 2, 3], [4, 5, 1, 1, 2]]
+    theirs = greedy_by_llama_cpp(tmp_path / "out.gguf", prompts, 16)
+    for prompt, tokens in zip(prompts, theirs, strict=True):
+        with torch.no_grad():
+            logits = back(torch.tensor([prompt + tokens]))[0, len(prompt) - 1 : -1]
+        # The end of text is left out, as it is there.
+        assert (logits[:, 1:].argmax(-1) + 1).tolist() == tokens
+
+
 def test_every_truncation_of_a_file_is_refused_and_leaves_nothing(small: Path, tmp_path: Path) -> None:
     whole = small.read_bytes()
     import_gguf(small, tmp_path / "whole")

@@ -43,8 +43,14 @@ SHAPES: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": 32,
         }
     },
+    "mistral": LLAMA | {"sliding_window": 16},
+    "smollm3": LLAMA | {"nope_interval": 2, "tied_embeddings": True},
+    "qwen2": LLAMA | {"qkv_bias": True},
+    "qwen2 with a window": LLAMA | {"qkv_bias": True, "sliding_window": 16},
     "qwen3": LLAMA | {"qk_norm": True},
+    "qwen3 with a window": LLAMA | {"qk_norm": True, "sliding_window": 16},
     "mixtral": SMALL | {"moe": EXPERTS | {"renormalize": True}},
+    "mixtral with a window": SMALL | {"moe": EXPERTS | {"renormalize": True}, "sliding_window": 16},
 }
 
 
@@ -85,7 +91,9 @@ def test_transformers_loads_the_folder_and_has_the_same_logits(tmp_path: Path, s
     assert (logits_of(theirs) - logits_of(decoder)).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("shape", ["llama", "llama tied", "qwen3", "mixtral", "llama 3.1"])
+@pytest.mark.parametrize(
+    "shape", ["llama", "llama tied", "mistral", "smollm3", "qwen2", "qwen3", "mixtral", "llama 3.1"]
+)
 def test_what_transformers_writes_is_read_with_the_same_logits(tmp_path: Path, shape: str) -> None:
     transformers = pytest.importorskip("transformers")
     save_pretrained(network(shape), tmp_path / "ours")
@@ -134,6 +142,10 @@ def test_many_files_with_an_index_are_one_network(tmp_path: Path, monkeypatch: p
         ("llama", {"attention_softcap": 30.0}, "attention_softcap"),
         ("llama", {"embedding_multiplier": 2.0}, "embedding_multiplier"),
         ("mixtral", {"moe": EXPERTS}, "moe"),
+        ("mixtral", {"qkv_bias": True}, "qkv_bias"),
+        ("qwen2", {"mlp_bias": True}, "mlp_bias"),
+        ("qwen2", {"nope_interval": 2}, "nope_interval"),
+        ("smollm3", {"sliding_window": 16}, "sliding_window"),
         ("mixtral", {"attention_multiplier": 0.3}, "attention_multiplier"),
         ("grok-1", {"output_softcap": 20.0}, "output_softcap"),
     ],

@@ -31,7 +31,7 @@ def write(folder: Path, config: Any) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["Llama", "Mistral", "Mixtral", "Qwen3"])
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "Mixtral", "Qwen2", "Qwen2Moe", "Qwen3", "SmolLM3"])
 def test_parameters_equal_those_of_the_model_that_transformers_builds(name: str, tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
@@ -48,7 +48,11 @@ def test_parameters_equal_those_of_the_model_that_transformers_builds(name: str,
         "rope_theta": 12_345.0,
     }
     if name == "Mistral":
-        small["sliding_window"] = None
+        small["sliding_window"] = 32
+    if name == "SmolLM3":
+        small |= {"no_rope_layer_interval": 2, "pad_token_id": 0}
+    if name == "Qwen2Moe":
+        small |= {"num_experts": 5, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 80}
     config = getattr(transformers, f"{name}Config")(**small)
     config.save_pretrained(tmp_path)
     with torch.device("meta"):
@@ -56,7 +60,9 @@ def test_parameters_equal_those_of_the_model_that_transformers_builds(name: str,
     model = model_spec(tmp_path / "config.json")
     assert model.parameters.total == built.num_parameters()
     assert model.rope_base == 12_345.0
+    assert model.sliding_window == (32 if name == "Mistral" else None)
     assert model.tied_embeddings == (name == "Qwen3")
+    assert model.nope_interval == (2 if name == "SmolLM3" else None)
 
 
 def test_a_published_config_gives_the_catalogs_model(tmp_path: Path) -> None:
@@ -103,7 +109,17 @@ def test_a_run_may_take_its_model_from_a_config_beside_it(tmp_path: Path) -> Non
         ({"num_key_value_heads": 3}, "heads = 4 doesn't divide by kv_heads = 3"),
         ({"rope_scaling": "yarn"}, "rope_scaling = 'yarn' is not accepted: it should be a table"),
         ({"hidden_act": "relu"}, "hidden_act = 'relu' is not accepted"),
-        ({"model_type": "mistral", "sliding_window": 32}, "sliding_window = 32 is not accepted"),
+        ({"sliding_window": 32}, "sliding_window = 32 is not accepted for model_type = 'llama': null is"),
+        ({"model_type": "mistral", "sliding_window": "4k"}, "sliding_window = '4k' is not accepted: a positive whole"),
+        (
+            {"model_type": "qwen2", "sliding_window": 32, "use_sliding_window": True, "max_window_layers": 1},
+            "sliding_window = 32 in some of the layers is not accepted: in all of them or in none is",
+        ),
+        (
+            {"model_type": "smollm3", "sliding_window": 32, "use_sliding_window": True},
+            "use_sliding_window = True is not accepted for model_type = 'smollm3': false is",
+        ),
+        ({"model_type": "smollm3", "no_rope_layers": [0, 1]}, "no_rope_layers = [0, 1] is not accepted"),
         ({"rms_norm_eps": float("nan")}, "norm_eps = nan is not accepted: it should be a finite number"),
     ],
 )
@@ -166,8 +182,64 @@ def test_a_config_that_is_a_list_is_refused(tmp_path: Path) -> None:
                 "tie_word_embeddings": False,
             },
         ),
+        (
+            # Qwen/Qwen1.5-MoE-A2.7B, config.json: 14.3 billion parameters.
+            14_315_784_192,
+            {
+                "model_type": "qwen2_moe", "num_hidden_layers": 24, "hidden_size": 2048, "intermediate_size": 5632,
+                "num_attention_heads": 16, "num_key_value_heads": 16, "vocab_size": 151936,
+                "max_position_embeddings": 8192, "moe_intermediate_size": 1408,
+                "shared_expert_intermediate_size": 5632, "num_experts": 60, "num_experts_per_tok": 4,
+                "norm_topk_prob": False, "decoder_sparse_step": 1, "use_sliding_window": False,
+                "sliding_window": 32768, "max_window_layers": 21, "hidden_act": "silu", "rms_norm_eps": 1e-6,
+                "rope_theta": 1e6, "tie_word_embeddings": False,
+            },
+        ),
+        (
+            # Qwen/Qwen2-57B-A14B, config.json: 57.41 billion parameters (Qwen2 Technical Report, arXiv:2407.10671).
+            57_408_658_944,
+            {
+                "model_type": "qwen2_moe", "num_hidden_layers": 28, "hidden_size": 3584, "intermediate_size": 18944,
+                "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 151936,
+                "max_position_embeddings": 131072, "moe_intermediate_size": 2560,
+                "shared_expert_intermediate_size": 20480, "num_experts": 64, "num_experts_per_tok": 8,
+                "norm_topk_prob": False, "decoder_sparse_step": 1, "use_sliding_window": False, "hidden_act": "silu",
+                "rms_norm_eps": 1e-6, "rope_theta": 1e6, "tie_word_embeddings": False,
+            },
+        ),
+        (
+            # HuggingFaceTB/SmolVLM-Instruct: 2.25 billion parameters.
+            2_246_272_880,
+            {
+                "model_type": "idefics3", "scale_factor": 3, "tie_word_embeddings": False,
+                "text_config": {
+                    "model_type": "llama", "num_hidden_layers": 24, "hidden_size": 2048, "intermediate_size": 8192,
+                    "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 49155,
+                    "max_position_embeddings": 16384, "rope_theta": 273768.0, "rms_norm_eps": 1e-5,
+                },
+                "vision_config": {
+                    "model_type": "idefics3_vision", "hidden_size": 1152, "image_size": 384, "patch_size": 14,
+                    "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16,
+                },
+            },
+        ),
+        (
+            "smolvlm-256m",
+            {
+                "model_type": "idefics3", "scale_factor": 4, "tie_word_embeddings": False,
+                "text_config": {
+                    "model_type": "llama", "num_hidden_layers": 30, "hidden_size": 576, "intermediate_size": 1536,
+                    "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49280, "head_dim": 64,
+                    "max_position_embeddings": 8192, "rope_theta": 100000.0, "rms_norm_eps": 1e-5,
+                },
+                "vision_config": {
+                    "model_type": "idefics3_vision", "hidden_size": 768, "image_size": 512, "patch_size": 16,
+                    "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+                },
+            },
+        ),
     ],
-    ids=["deepseek_v3", "gpt2", "qwen3_moe"],
+    ids=["deepseek_v3", "gpt2", "qwen3_moe", "qwen1.5-moe", "qwen2-57b", "smolvlm", "smolvlm-256m"],
 )  # fmt: skip
 def test_more_architectures_are_planned_than_imported(tmp_path: Path, name: str | int, given: dict[str, Any]) -> None:
     path = tmp_path / "config.json"
@@ -181,8 +253,8 @@ def test_more_architectures_are_planned_than_imported(tmp_path: Path, name: str 
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"model_type": "rwkv"}, "model_type = 'rwkv' is not known here; known are llama, mistral, mixtral, qwen3"),
-        ({"model_type": "qwen2"}, "model_type = 'qwen2' is not known here"),
+        ({"model_type": "rwkv"}, "model_type = 'rwkv' is not known here; known are llama, mistral, mixtral, qwen2"),
+        ({"model_type": "gemma2"}, "model_type = 'gemma2' is not known here"),
         ({"decoder_sparse_step": 2}, "decoder_sparse_step and mlp_only_layers are not accepted"),
     ],
 )
@@ -199,3 +271,79 @@ def test_an_architecture_that_does_not_map_exactly_is_refused(
     path.write_text(json.dumps(config | change))
     with pytest.raises(InputError, match=sentence):
         model_spec(str(path))
+
+
+@pytest.mark.parametrize(
+    ("total", "field", "value", "given"),
+    [
+        (
+            # Qwen/Qwen2-7B, config.json: 7.62 billion parameters.
+            7_615_616_512, "qkv_bias", True,
+            {
+                "model_type": "qwen2", "num_hidden_layers": 28, "hidden_size": 3584, "intermediate_size": 18944,
+                "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064,
+                "max_position_embeddings": 131072, "max_window_layers": 28, "sliding_window": 131072,
+                "use_sliding_window": False, "rope_theta": 1e6, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+            },
+        ),
+        (
+            # mistralai/Mistral-7B-v0.1, config.json: 7.24 billion parameters.
+            7_241_732_096, "sliding_window", 4096,
+            {
+                "model_type": "mistral", "num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 14336,
+                "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000,
+                "max_position_embeddings": 32768, "sliding_window": 4096, "tie_word_embeddings": False,
+            },
+        ),
+        (
+            # HuggingFaceTB/SmolLM3-3B, config.json: 3.08 billion parameters, every fourth layer without positions.
+            3_075_098_624, "nope_interval", 4,
+            {
+                "model_type": "smollm3", "num_hidden_layers": 36, "hidden_size": 2048, "intermediate_size": 11008,
+                "num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 128256,
+                "max_position_embeddings": 65536, "no_rope_layers": [1, 1, 1, 0] * 9, "no_rope_layer_interval": 4,
+                "use_sliding_window": False, "sliding_window": None, "rope_theta": 5e6, "rms_norm_eps": 1e-6,
+            },
+        ),
+    ],
+    ids=["qwen2-7b", "mistral-7b", "smollm3-3b"],
+)  # fmt: skip
+def test_published_configs_have_their_published_parameters(
+    tmp_path: Path, total: int, field: str, value: Any, given: dict[str, Any]
+) -> None:
+    model = model_from_config(write(tmp_path, given))
+    assert model.parameters.total == total
+    assert getattr(model, field) == value
+
+
+def test_a_shared_expert_has_a_width_and_a_gate_of_its_own(tmp_path: Path) -> None:
+    small = LLAMA | {
+        "model_type": "qwen2_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 80,
+    }  # fmt: skip
+    model = model_spec(write(tmp_path, small))
+    assert model.moe is not None
+    assert (model.shared_width, model.moe.shared_gate, model.qkv_bias) == (80, True, True)
+    # Two layers: three matrices of 64 x 80, and a gate of 64.
+    assert model.parameters.shared_experts == 2 * (3 * 64 * 80 + 64)
+
+
+@pytest.mark.slow
+def test_a_vision_model_has_the_parameters_that_transformers_builds(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    text = {
+        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 100, "max_position_embeddings": 256, "pad_token_id": 0,
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 64,
+        "patch_size": 8,
+    }  # fmt: skip
+    config = transformers.Idefics3Config(
+        text_config=transformers.LlamaConfig(**text), vision_config=vision, scale_factor=2, image_token_id=99
+    )
+    config.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        built = transformers.Idefics3ForConditionalGeneration(config)
+    assert model_spec(tmp_path / "config.json").parameters.total == built.num_parameters()

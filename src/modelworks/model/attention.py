@@ -98,9 +98,11 @@ class Attention(nn.Module):
         self.layer, self.heads, self.kv_heads, self.head_dim = layer, spec.heads, spec.kv_heads, spec.head_dim
         self.scale, self.softcap = spec.attention_scale, spec.attention_softcap
         q_width, kv_width = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-        self.wq = Linear(spec.hidden, q_width, bias=spec.attention_bias)
-        self.wk = Linear(spec.hidden, kv_width, bias=spec.attention_bias)
-        self.wv = Linear(spec.hidden, kv_width, bias=spec.attention_bias)
+        self.rotary, self.window = spec.has_rotary(layer), spec.sliding_window
+        biased = spec.attention_bias or spec.qkv_bias
+        self.wq = Linear(spec.hidden, q_width, bias=biased)
+        self.wk = Linear(spec.hidden, kv_width, bias=biased)
+        self.wv = Linear(spec.hidden, kv_width, bias=biased)
         self.wo = Linear(q_width, spec.hidden, bias=spec.attention_bias)
         self.q_norm = RMSNorm(spec.head_dim, spec.norm_eps) if spec.qk_norm else None
         self.k_norm = RMSNorm(spec.head_dim, spec.norm_eps) if spec.qk_norm else None
@@ -113,18 +115,20 @@ class Attention(nn.Module):
         values = self.wv(x).view(batch, length, -1, self.head_dim).transpose(1, 2)  # (B, KV, T, D)
         if self.q_norm is not None and self.k_norm is not None:
             queries, keys = self.q_norm(queries), self.k_norm(keys)
-        queries, keys = rotate(queries.transpose(1, 2), rotary), rotate(keys.transpose(1, 2), rotary)
+        queries, keys = queries.transpose(1, 2), keys.transpose(1, 2)
+        if self.rotary:
+            queries, keys = rotate(queries, rotary), rotate(keys, rotary)
         if cache is not None:
             keys, values = cache.append(self.layer, keys, values)
         if self.softcap is None:
-            attended = fused_attention(queries, keys, values, self.scale)
+            attended = fused_attention(queries, keys, values, self.scale, self.window)
         else:
             attended = softcap_attention(queries, keys, values, self.scale, self.softcap)
         output: Tensor = self.wo(attended.transpose(1, 2).reshape(batch, length, -1))  # (B, T, H)
         return output
 
 
-def fused_attention(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+def fused_attention(queries: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None = None) -> Tensor:
     """Causal attention by PyTorch's fused kernel.
 
     Parameters
@@ -135,18 +139,25 @@ def fused_attention(queries: Tensor, keys: Tensor, values: Tensor, scale: float)
         (B, KV, S, D) with S >= T.
     scale
         What logits are multiplied with.
+    window
+        How many keys a query sees, its own the last of them; None for all.
 
     Returns
     -------
     Tensor
         (B, heads, T, D)
     """
+    if window is not None and keys.shape[2] > window:
+        # Keys that no query sees are left out, so that a cached step costs the window and not the sequence.
+        seen = min(keys.shape[2], queries.shape[2] + window - 1)
+        keys, values = keys[:, :, -seen:], values[:, :, -seen:]
     length, seen = queries.shape[2], keys.shape[2]
     mask = None
-    if 1 < length < seen:
+    if length > 1 and (length < seen or (window is not None and window < seen)):
         mask = torch.ones(length, seen, dtype=torch.bool, device=queries.device).tril(seen - length)
+        mask = mask if window is None else mask.triu(seen - length - window + 1)
     return F.scaled_dot_product_attention(
-        queries, keys, values, attn_mask=mask, is_causal=length == seen and length > 1, scale=scale, enable_gqa=True
+        queries, keys, values, attn_mask=mask, is_causal=mask is None and length > 1, scale=scale, enable_gqa=True
     )
 
 

@@ -1,4 +1,4 @@
-"""The decoder: one transformer whose fields make it Grok-1, Llama, SmolLM2, Mixtral or Qwen3.
+"""The decoder: one transformer whose fields make it Grok-1, Llama, SmolLM2 and 3, Mistral, Mixtral, Qwen2 or Qwen3.
 
 What is notable in it:
 - RMSNorm before attention and feed-forward, and in the Grok family after them too ("sandwich");

@@ -29,10 +29,12 @@ def rope_scaling_kind(spec: ModelSpec) -> str:
 
 def _unsupported(spec: ModelSpec) -> Iterator[tuple[str, object, str]]:
     """Each field that stands in the way: its name, its value and what would be accepted instead."""
+    if spec.vision is not None:
+        yield "vision", spec.vision.model_dump(exclude_none=True), "leaving it out"
     if spec.latent_attention is not None:
         yield "latent_attention", spec.latent_attention.model_dump(), "leaving it out"
-    if spec.sliding_window is not None and spec.sliding_window < spec.context:
-        yield "sliding_window", spec.sliding_window, "leaving it out"
+    if spec.sliding_window is not None and spec.attention_softcap is not None:
+        yield "sliding_window", spec.sliding_window, "leaving it out beside attention_softcap"
     if spec.position != "rope":
         yield "position", spec.position, "'rope'"
     if spec.norm != "rms":

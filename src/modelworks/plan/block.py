@@ -26,10 +26,10 @@ from modelworks.spec.hardware import DeviceSpec, Precision
 from modelworks.spec.model import ModelSpec
 from modelworks.spec.software import CalibrationSpec, SoftwareSpec
 
-COMPONENTS = ("matmul", "attention", "memory", "tensor", "context", "expert", "launch")
+COMPONENTS = ("matmul", "attention", "memory", "tensor", "context", "expert", "launch", "vision")
 """What a layer's time goes to: matrix products; attention's core; streaming activations; the exposed exchanges of
-tensor, context and expert parallelism; the device waiting for the host."""
-_MATMUL, _ATTENTION, _MEMORY, _TENSOR, _CONTEXT, _EXPERT, _LAUNCH = range(len(COMPONENTS))
+tensor, context and expert parallelism; the device waiting for the host; and all of a vision tower (`vision`)."""
+_MATMUL, _ATTENTION, _MEMORY, _TENSOR, _CONTEXT, _EXPERT, _LAUNCH, _ = range(len(COMPONENTS))
 SHAPE = ("tensor", "context", "expert", "expert_tensor", "micro_batch", "precision", "sequence_parallel")
 """The fields of `Layouts` that shape a layer on a device."""
 
@@ -118,6 +118,8 @@ class BlockTimes:
     head_backward: FloatArray
     boundary_bytes: FloatArray
     """What one stage sends to the next, (U,)."""
+    vision: LayerTimes | None = None
+    """The vision tower before the embedding, if there is one (`vision.tower_times`)."""
 
     @cached_property
     def head(self) -> FloatArray:
@@ -126,8 +128,8 @@ class BlockTimes:
 
 
 def block_times(setting: Setting, shapes: Layouts) -> BlockTimes:
-    """Times of the parts of a network for U different shapes."""
-    work = _Work(setting, shapes)
+    """Times of the parts of a decoder for U different shapes."""
+    work = Work(setting, shapes)
     model = setting.model
     attention = work.attention_block()
     dense = work.layer(attention, work.dense_ffn()) if model.dense_layers else None
@@ -149,7 +151,7 @@ class _Half:
     weight_gradient: FloatArray
 
 
-class _Work:
+class Work:
     """The parts of a layer for U shapes; each method one of them."""
 
     def __init__(self, setting: Setting, shapes: Layouts) -> None:

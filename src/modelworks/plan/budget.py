@@ -20,7 +20,15 @@ from rich.table import Table
 
 from modelworks.plan.cost import CostRules, capital_usd, cost_rules, power_w, price_of
 from modelworks.plan.planner import MOST_DEVICES, Plan, plan
-from modelworks.plan.scaling import Optimum, optima, routed_law
+from modelworks.plan.scaling import (
+    FEED_FORWARD_SHARE,
+    ExpertOptimum,
+    Optimum,
+    expert_optima,
+    joint_law,
+    optima,
+    routed_law,
+)
 from modelworks.spec import catalog
 from modelworks.spec.errors import InputError
 from modelworks.spec.fields import nearest
@@ -78,6 +86,8 @@ class Budget:
     """The best dense model for that compute, by each law."""
     experts: dict[str, float]
     """A model with experts of the same cost: parameters that a token meets, all of them, and the dense equivalent."""
+    expert_optima: tuple[ExpertOptimum, ...]
+    """The best models with experts for that compute, by the joint law."""
     notes: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
@@ -133,6 +143,7 @@ def budget(cluster: ClusterSpec, limits: Limits, today: date | None = None) -> B
         f"compute: MFU {planned.mfu:.0%} is that of {planned.run.model.name} planned on {planned.devices:,} devices; "
         f"{rules.goodput:.0%} of the time trains",
         "the two laws were fitted below 1e23 FLOPs: what lies beyond is extrapolated, and they part",
+        _joint_note(compute),
     ]
     if experts["dense_equivalent"] <= experts["active_parameters"]:
         notes.append("at this size the law for experts, fitted below 1.3 billion parameters, sees no gain in them")
@@ -156,6 +167,7 @@ def budget(cluster: ClusterSpec, limits: Limits, today: date | None = None) -> B
         layout=planned.best.layout,
         optima=found,
         experts=experts,
+        expert_optima=expert_optima(compute),
         notes=tuple(notes),
     )
 
@@ -234,7 +246,7 @@ def _compute(
     """The plan of the known dense model nearest to the best size on these devices, and the FLOPs of the run."""
     sites = cluster.model_copy(update={"gpus": devices})
     known = [model_spec(name) for name in catalog.names("models")]
-    dense = [model for model in known if model.moe is None]
+    dense = [model for model in known if model.moe is None and model.vision is None]
     guess = optima(devices * device.peak_flops["bf16"] * 0.4 * rules.goodput * days * _DAY_S)[0].parameters
     closest = min(dense, key=lambda model: abs(math.log(model.parameters.total / guess)))
     for model in sorted(dense, key=lambda model: abs(math.log(model.parameters.total / closest.parameters.total))):
@@ -262,9 +274,9 @@ def _planned(model: ModelSpec, cluster: ClusterSpec, devices: int) -> Plan:
 def _with_experts(best: Optimum) -> dict[str, float]:
     """A model of 8 experts, 2 of them for each token, that costs as much as the best dense one.
 
-    Two thirds of a dense model's parameters stand in its feed-forward networks; a token meets as many as before.
+    A token meets as many parameters as before.
     """
-    total = best.parameters * (1 / 3 + 2 / 3 * 4)
+    total = best.parameters * (1 - FEED_FORWARD_SHARE + FEED_FORWARD_SHARE * 4)
     equivalent = routed_law().dense_equivalent(best.parameters, 4.0)
     return {
         "active_parameters": best.parameters,
@@ -272,6 +284,18 @@ def _with_experts(best: Optimum) -> dict[str, float]:
         "dense_equivalent": equivalent,
         "tokens": best.tokens,
     }
+
+
+def _joint_note(compute_flop: float) -> str:
+    law = joint_law()
+    error, fitted = law.allocation_error or 0.0, law.fitted_compute_flop or 0.0
+    beyond = max(0.0, math.log10(compute_flop / fitted)) if fitted else 0.0
+    return (
+        f"the law of {law.name} was fitted around {fitted:.1g} FLOPs and up to {law.most_experts} experts, one for "
+        f"each token: {beyond:.0f} orders of magnitude below this, so believe the gain of experts before their sizes; "
+        f"its authors state no errors, and the range takes one of {error} in the power of compute that the best size "
+        "grows with"
+    )
 
 
 def _whole_nodes(devices: float, cluster: ClusterSpec) -> int:
@@ -328,4 +352,16 @@ def table(found: Budget) -> Group:
         f"{experts['active_parameters'] / 1e9:,.0f} B active, as good as "
         f"{experts['dense_equivalent'] / 1e9:,.0f} B dense"
     )
-    return Group(cluster, models, with_experts, *(escape(f"note: {note}") for note in found.notes))
+    routed = Table(
+        "experts", "active", "all parameters", "tokens", "80 % range of active", "dense compute for the same",
+        title=f"the best model with experts, by {found.expert_optima[0].best.law}",
+    )  # fmt: skip
+    for many in found.expert_optima:
+        best, low, high = many.best, many.best.parameters_low, many.best.parameters_high
+        routed.add_row(
+            f"{many.experts}", f"{best.parameters / 1e9:,.0f} B", f"{many.total_parameters / 1e9:,.0f} B",
+            f"{best.tokens / 1e12:,.1f} T",
+            "not stated" if low is None or high is None else f"{low / 1e9:,.0f} to {high / 1e9:,.0f} B",
+            f"x {many.dense_compute_flop / found.compute_flop:.1f}",
+        )  # fmt: skip
+    return Group(cluster, models, routed, with_experts, *(escape(f"note: {note}") for note in found.notes))

@@ -71,7 +71,7 @@ def megatron(run: RunSpec) -> str:
     """Command-line flags of Megatron-LM (core_v0.12 and later)."""
     c, model = _choices(run), run.model
     lines: list[str] = []
-    left_out: list[str] = []
+    left_out = _beside(run)
     flags: dict[str, Any] = {
         "--num-layers": model.layers,
         "--hidden-size": model.hidden,
@@ -161,7 +161,7 @@ def _megatron_recompute(run: RunSpec, c: _Choices, left_out: list[str]) -> dict[
 def torchtitan(run: RunSpec) -> str:
     """A job config of torchtitan (v0.1 and v0.2)."""
     c = _choices(run)
-    left_out: list[str] = []
+    left_out = _beside(run)
     whole = {"fp8": "bfloat16", "bf16": "bfloat16"}.get(c.precision, "float32")
     parallelism: dict[str, Any] = {
         "data_parallel_replicate_degree": c.data if c.zero_stage == 0 else c.data // c.shard,
@@ -211,62 +211,79 @@ def torchtitan(run: RunSpec) -> str:
 
 
 def nemo(run: RunSpec) -> str:
-    """Overrides of a NeMo 2 recipe, for `nemo llm pretrain --factory NAME`."""
+    """Overrides of a recipe of Megatron Bridge, NVIDIA NeMo's trainer of language models.
+
+    For ``run_recipe.py --recipe NAME``; NeMo 2's `nemo.collections.llm` is no longer available.
+    """
     c = _choices(run)
-    left_out: list[str] = []
+    left_out = _beside(run)
     values: dict[str, Any] = {
-        "trainer.num_nodes": run.cluster.nodes,
-        "trainer.devices": min(run.cluster.gpus, run.cluster.gpus_per_node),
-        "trainer.max_steps": run.train.steps,
-        "trainer.strategy.tensor_model_parallel_size": c.tensor,
-        "trainer.strategy.pipeline_model_parallel_size": c.pipeline,
-        "trainer.strategy.virtual_pipeline_model_parallel_size": c.virtual if c.virtual > 1 else None,
-        "trainer.strategy.context_parallel_size": c.context,
-        "trainer.strategy.sequence_parallel": c.sequence_parallel and c.tensor > 1,
-        "trainer.strategy.ddp.use_distributed_optimizer": c.zero_stage >= 1,
-        "data.seq_length": run.train.seq_len,
-        "data.micro_batch_size": c.micro_batch,
-        "data.global_batch_size": run.train.global_batch,
+        "train.train_iters": run.train.steps,
+        "train.micro_batch_size": c.micro_batch,
+        "train.global_batch_size": run.train.global_batch,
+        "model.seq_length": run.train.seq_len,
+        "dataset.seq_length": run.train.seq_len,
+        "model.tensor_model_parallel_size": c.tensor,
+        "model.pipeline_model_parallel_size": c.pipeline,
+        "model.virtual_pipeline_model_parallel_size": c.virtual if c.virtual > 1 else None,
+        "model.context_parallel_size": c.context,
+        "model.sequence_parallel": c.sequence_parallel and c.tensor > 1,
     }
     if run.model.moe is not None:
-        values["trainer.strategy.expert_model_parallel_size"] = c.expert
-        values["trainer.strategy.expert_tensor_parallel_size"] = c.expert_tensor
+        values["model.expert_model_parallel_size"] = c.expert
+        values["model.expert_tensor_parallel_size"] = c.expert_tensor
     if c.pipeline > 1 and c.first != c.middle:
-        values["trainer.strategy.num_layers_in_first_pipeline_stage"] = c.first
+        values["model.num_layers_in_first_pipeline_stage"] = c.first
     if c.pipeline > 1 and c.last != c.middle:
-        values["trainer.strategy.num_layers_in_last_pipeline_stage"] = c.last
-    if c.shard < c.data and c.zero_stage >= 1:
-        values["trainer.strategy.ddp.num_distributed_optimizer_instances"] = c.data // c.shard
+        values["model.num_layers_in_last_pipeline_stage"] = c.last
+    values |= _bridge_sharding(c)
     recompute = _megatron_recompute(run, c, left_out)
-    for flag, key in (
-        ("--recompute-granularity", "recompute_granularity"),
-        ("--recompute-method", "recompute_method"),
-        ("--recompute-num-layers", "recompute_num_layers"),
-    ):
-        if flag in recompute:
-            values[f"model.config.{key}"] = recompute[flag]
-    if "--recompute-modules" in recompute:
-        modules = [f"'{module}'" for module in recompute["--recompute-modules"].split()]
-        values["model.config.recompute_modules"] = f"[{','.join(modules)}]"
+    for flag, value in recompute.items():
+        key = flag.removeprefix("--").replace("-", "_")
+        values[f"model.{key}"] = f"[{value.replace(' ', ',')}]" if key == "recompute_modules" else value
+    precisions = {"bf16": "bf16_mixed", "fp8": "bf16_with_fp8_current_scaling_mixed"}
+    if c.precision in precisions:
+        values["mixed_precision"] = precisions[c.precision]
     if c.schedule == "zero-bubble":
-        left_out.append("the zero-bubble schedule: NeMo runs 1F1B")
+        left_out.append("the zero-bubble schedule: Megatron Bridge runs 1F1B")
+    return "".join(f"{name}={_as_yaml(value)}\n" for name, value in values.items()) + _comments(left_out)
+
+
+def _as_yaml(value: Any) -> str:
+    """A value as overrides of a YAML config write it."""
+    return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))
+
+
+def _bridge_sharding(c: _Choices) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "ddp.use_distributed_optimizer": c.zero_stage >= 1,
+        "optimizer.use_distributed_optimizer": c.zero_stage >= 1,
+    }
+    if c.zero_stage >= 1 and c.shard < c.data:
+        values["ddp.num_distributed_optimizer_instances"] = c.data // c.shard
     if c.zero_stage >= 2:
-        left_out.append(f"zero_stage = {c.zero_stage}: a recipe's strategy shards the optimizer only")
-    if c.precision == "fp8":
-        left_out.append("fp8: take the recipe's precision plugin, bf16_with_fp8_mixed()")
-    return "\n".join(f"{name}={value}" for name, value in values.items()) + "\n" + _comments(left_out)
+        values |= {
+            "dist.use_megatron_fsdp": True,
+            "ddp.use_megatron_fsdp": True,
+            "ddp.data_parallel_sharding_strategy": {2: "optim_grads", 3: "optim_grads_params"}[c.zero_stage],
+            "model.gradient_accumulation_fusion": False,
+            "checkpoint.ckpt_format": "fsdp_dtensor",
+        }
+    return values
 
 
 def maxtext(run: RunSpec) -> str:
     """Settings of a MaxText config, over `base.yml`."""
     c = _choices(run)
-    left_out: list[str] = []
+    left_out = _beside(run)
     group = c.tensor * c.context * c.data
     # MaxText's axes multiply: the ranks of an expert's group are taken from those of data and context.
     replicas = max(1, c.data // c.expert)
     if c.data % c.expert or c.expert_tensor not in (1, c.tensor):
         left_out.append(f"expert = {c.expert} over {group} ranks: MaxText's mesh takes experts from data parallelism")
-    fsdp = replicas if c.zero_stage == 0 or c.shard >= c.data else max(1, c.shard // c.expert)
+    # The data axis repeats weights and may share out the optimizer's state; the fsdp axis shares out weights as well.
+    over_data = c.zero_stage == 1 and c.shard >= c.data
+    fsdp = 1 if over_data else replicas if c.shard >= c.data else max(1, c.shard // c.expert)
     tensor = "tensor_sequence" if c.sequence_parallel else "tensor"
     degrees = {tensor: c.tensor, "expert": c.expert, "context": c.context}
     degrees |= {"fsdp": fsdp if c.zero_stage else 1, "pipeline": c.pipeline}
@@ -276,11 +293,13 @@ def maxtext(run: RunSpec) -> str:
         inside = math.gcd(degree, left)
         left //= inside
         lines += [f"ici_{name}_parallelism: {inside}", f"dcn_{name}_parallelism: {degree // inside}"]
-    if c.zero_stage in (1, 2):
+    if c.zero_stage in (1, 2) and not over_data:
         left_out.append(f"zero_stage = {c.zero_stage}: MaxText's fsdp axis shards parameters as well")
     batches = 1 if c.pipeline > 1 else c.micro_batches
     sequences = run.train.global_batch / (run.cluster.gpus * batches)
     lines += [
+        f"shard_optimizer_over_data: {str(over_data).lower()}",
+        "hardware: gpu",
         f"per_device_batch_size: {sequences:g}",
         f"gradient_accumulation_steps: {batches}",
         f"max_target_length: {run.train.seq_len}",
@@ -291,6 +310,10 @@ def maxtext(run: RunSpec) -> str:
     if c.pipeline > 1:
         stage = math.ceil(run.model.layers / (c.pipeline * c.virtual))
         lines += [f"num_layers_per_pipeline_stage: {stage}", f"num_pipeline_microbatches: {c.micro_batches}"]
+        if c.micro_batches % c.pipeline:
+            left_out.append(
+                f"{c.micro_batches} micro batches: MaxText wants a multiple of its {c.pipeline} pipeline stages"
+            )
         if run.model.layers % (c.pipeline * c.virtual):
             left_out.append(f"uneven stages: MaxText wants {run.model.layers} layers to divide by them")
     policies = {"none": "minimal_with_context", "selective": "minimal", "projections": "save_qkv_proj", "full": "full"}
@@ -352,6 +375,11 @@ def _choices(run: RunSpec) -> _Choices:
 _DEGREES = (
     "data", "shard", "tensor", "pipeline", "context", "expert", "expert_tensor", "virtual_stages", "zero_stage",
 )  # fmt: skip
+
+
+def _beside(run: RunSpec) -> list[str]:
+    """What a run has that no framework's settings are written for here."""
+    return [] if run.model.vision is None else ["the vision tower, which is a model of its own in every framework"]
 
 
 def _comments(left_out: list[str]) -> str:

@@ -144,16 +144,18 @@ def distinct(candidates: Layouts, names: Sequence[str]) -> tuple[IntArray, IntAr
 def fits_model(model: ModelSpec, seq_len: int, global_batch: int | IntArray, candidates: Layouts) -> BoolArray:
     """Which candidates divide the model and the batch evenly, as the engines ask of a layout.
 
-    Attention heads and the feed-forward width by `tensor`; key-value heads by it or it by them; experts by `expert`;
-    the experts' width by `expert_tensor`; twice `context` into the sequence (the balanced causal split); the sequences
-    of a step by `data * micro_batch`; no more chunks of the pipeline than layers; virtual stages only with a schedule
-    that uses them; experts' groups inside one stage's devices.
+    Attention heads and the feed-forward width by `tensor`, a vision tower's too; key-value heads by it or it by them;
+    experts by `expert`; the experts' width by `expert_tensor`; twice `context` into the sequence (the balanced causal
+    split); the sequences of a step by `data * micro_batch`; no more chunks of the pipeline than layers; virtual stages
+    only with a schedule that uses them; experts' groups inside one stage's devices.
     """
     c, moe = candidates, model.moe
     widths = [model.heads % c.tensor == 0, global_batch % (c.data * c.micro_batch) == 0]
     widths.append((model.kv_heads % c.tensor == 0) | (c.tensor % model.kv_heads == 0))
     if model.dense_layers or moe is None:
         widths.append(model.ffn_hidden % c.tensor == 0)
+    if model.vision is not None:
+        widths += [model.vision.heads % c.tensor == 0, model.vision.ffn_hidden % c.tensor == 0]
     widths.append((c.context == 1) | (seq_len % (2 * c.context) == 0))
     widths.append(~c.sequence_parallel | (seq_len % (c.tensor * c.context) == 0))
     widths.append(c.pipeline * c.virtual_stages <= model.layers)

@@ -15,7 +15,8 @@ import numpy as np
 from modelworks.plan.block import Setting
 from modelworks.plan.layout import PRECISIONS, RECOMPUTE, FloatArray, IntArray, Layouts
 from modelworks.plan.pipeline import Stages, in_flight
-from modelworks.spec.model import ModelSpec
+from modelworks.plan.vision import tower_layouts, tower_setting
+from modelworks.spec.model import ModelSpec, VisionSpec
 
 MEMORY = ("weights", "gradients", "optimizer", "activations", "logits", "buffers", "framework")
 """The components of a device's memory."""
@@ -38,6 +39,8 @@ class DeviceParameters:
     """The routed experts of one layer."""
     embedding: FloatArray
     head: FloatArray
+    vision: FloatArray
+    """The vision tower and its connector."""
 
 
 def device_parameters(model: ModelSpec, candidates: Layouts) -> DeviceParameters:
@@ -57,7 +60,13 @@ def device_parameters(model: ModelSpec, candidates: Layouts) -> DeviceParameters
         shared = shared + (count.shared_experts / t + count.router) / model.moe_layers
         experts = count.experts / model.moe_layers / (candidates.expert * candidates.expert_tensor)
     head = count.head if count.head else count.embedding
-    return DeviceParameters(dense, shared, experts, count.embedding / t, head / t)
+    vision = np.zeros(len(t))
+    if model.vision is not None:
+        # Linear maps are split; the embedding of patches, positions and norms are whole on each rank.
+        eyes = model.vision
+        whole = (eyes.patch_width + 1 + eyes.patches) * eyes.hidden + eyes.transformer.parameters.norms
+        vision = whole + (count.vision - whole) / t
+    return DeviceParameters(dense, shared, experts, count.embedding / t, head / t, vision)
 
 
 @dataclass(frozen=True)
@@ -82,10 +91,11 @@ def stage_parameters(model: ModelSpec, candidates: Layouts, stages: Stages) -> t
         experts = layers - dense
         plain = dense * of.layer_dense + experts * of.layer_shared
         if kind == "first":
-            plain = plain + of.embedding
+            plain = plain + of.embedding + of.vision
             plain = plain + np.where(alone & (model.parameters.head > 0), of.head, 0.0)
         elif kind == "last":
-            plain = plain + np.where(alone, of.embedding + (of.head if model.parameters.head else 0.0), of.head)
+            embedding = of.embedding + of.vision
+            plain = plain + np.where(alone, embedding + (of.head if model.parameters.head else 0.0), of.head)
         found.append(StageParameters(plain, experts * of.layer_experts, layers.astype(np.float64)))
     return tuple(found)
 
@@ -217,6 +227,9 @@ def kept_bytes(setting: Setting, candidates: Layouts, stages: Stages, micro_batc
     base, saved = np.empty((len(STAGES), len(c))), np.empty((len(STAGES), len(RECOMPUTE), len(c)))
     for index, (kind, layers) in enumerate(zip(STAGES, (stages.first, stages.middle, stages.last), strict=True)):
         whole, less, working = activation_bytes(setting, c, kind, layers)
+        if kind == "first" and setting.model.vision is not None:
+            tower, tower_less, tower_working = tower_bytes(setting, c, setting.model.vision)
+            whole, less, working = whole + tower, less + tower_less, np.maximum(working, tower_working)
         base[index] = held[kind] * whole
         saved[index] = held[kind] * less - working
     return KeptBytes(base, saved, logits)
@@ -284,6 +297,18 @@ def activation_bytes(
     working = np.where(dense_layers > 0, less[0], less[1])
     saved = dense_layers * less[0] + expert_layers * less[1]
     return total * tokens, saved * tokens, np.maximum(working, 0.0) * tokens
+
+
+def tower_bytes(setting: Setting, candidates: Layouts, vision: VisionSpec) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """The same as `activation_bytes` of a vision tower: of its layers, and beside them the inputs of its last norm and
+    of the connector's maps, which nothing computes again."""
+    c = tower_layouts(vision, candidates)
+    layers = np.full(len(c), vision.layers, dtype=np.int64)
+    whole, less, working = activation_bytes(tower_setting(setting, vision), c, "first", layers)
+    e = np.where(c.precision == PRECISIONS.index("fp32"), 4.0, 2.0)
+    ends = 2.0 * c.micro_batch * vision.patches * vision.hidden
+    ends = ends + candidates.micro_batch * vision.tokens_per_sequence * 2.0 * (vision.connector_hidden or 0) / c.tensor
+    return whole + ends * e, less, working
 
 
 def logits_bytes(setting: Setting, candidates: Layouts) -> FloatArray:

@@ -20,7 +20,8 @@ def layer_seconds(setting: Setting, precision: Precision) -> tuple[float, float]
     dense = [*attention, *[(1, model.hidden, model.ffn_hidden)] * inner]
     experts = list(attention)
     if moe is not None:
-        experts += [(moe.experts + moe.shared_experts, model.hidden, moe.expert_hidden)] * inner
+        shared = moe.shared_hidden or moe.expert_hidden
+        experts += [(moe.experts, model.hidden, moe.expert_hidden), (moe.shared_experts, model.hidden, shared)] * inner
     return (
         sum(_seconds(setting, precision, *matrix) for matrix in dense),
         sum(_seconds(setting, precision, *matrix) for matrix in experts),

@@ -27,10 +27,15 @@ from modelworks.spec import catalog
 from modelworks.spec.errors import InputError
 from modelworks.spec.fields import validate
 from modelworks.spec.files import device_spec
-from modelworks.spec.flops import attention_flop_per_token, forward_flop_per_token, training_flop_per_token
+from modelworks.spec.flops import (
+    attention_flop_per_token,
+    forward_flop_per_token,
+    training_flop_per_token,
+    vision_flop_per_sequence,
+)
 from modelworks.spec.hardware import ClusterSpec, DeviceSpec
 from modelworks.spec.home import hardware_file
-from modelworks.spec.model import ModelSpec
+from modelworks.spec.model import ModelSpec, VisionSpec
 from modelworks.spec.run import RunSpec
 from modelworks.spec.software import CalibrationSpec, SoftwareSpec
 
@@ -116,6 +121,7 @@ LOSSES = {
     "context": "context-parallel exchanges",
     "expert": "expert-parallel exchanges",
     "launch": "waiting for kernel launches",
+    "vision": "the vision tower",
     "recompute": "recomputation",
     "bubble": "pipeline bubble",
     "pipeline": "sends between stages",
@@ -387,10 +393,14 @@ def waterfall(model: ModelSpec, seq_len: int, best: Candidate) -> tuple[Loss, ..
     """What takes a step from the device's peak to its MFU: shares of the step's time that is not model FLOPs at peak.
 
     They and the MFU add up to 1. What products and attention take beyond the time that their FLOPs need at peak is
-    their loss, uneven stages included.
+    their loss, uneven stages included. So is what a vision tower takes beyond its own, the other stages that have none
+    included; where the slowest stage has none, its FLOPs are counted with the products.
     """
-    attention = model.layers * attention_flop_per_token(model, seq_len) / forward_flop_per_token(model, seq_len)
-    ideal = {"matmul": best.mfu * (1.0 - attention), "attention": best.mfu * attention}
+    flop = forward_flop_per_token(model, seq_len)
+    attention = model.layers * attention_flop_per_token(model, seq_len) / flop
+    vision = vision_flop_per_sequence(model) / seq_len / flop if best.reasons["vision"] else 0.0
+    ideal = {"matmul": 1.0 - attention - vision, "attention": attention, "vision": vision}
+    ideal = {reason: best.mfu * share for reason, share in ideal.items()}
     return tuple(
         Loss(reason, LOSSES[reason], seconds / best.step_time_s - ideal.get(reason, 0.0))
         for reason, seconds in best.reasons.items()
@@ -613,6 +623,20 @@ def _notes(run: RunSpec, setting: Setting, devices: int, best: Candidate) -> tup
             notes.append(f"measured by {catalog.entry('hardware', str(hardware_file())).provenance.source}")
         else:
             notes.append("this machine has not been measured: modelworks bench does it")
+    if run.model.vision is not None:
+        notes.append(_vision_note(run, run.model.vision))
     if best.memory_bytes > 0.95 * setting.device.memory_bytes:
         notes.append("the memory is filled to more than 95 %: expect the allocator to struggle")
     return tuple(notes)
+
+
+def _vision_note(run: RunSpec, vision: VisionSpec) -> str:
+    """What a vision tower is asked to do, and how it is laid out."""
+    seq_len = run.train.seq_len
+    share = vision_flop_per_sequence(run.model) / seq_len / forward_flop_per_token(run.model, seq_len)
+    return (
+        f"vision: {vision.images} x {vision.tiles} tiles a sequence make {vision.tokens_per_sequence:,} of its "
+        f"{seq_len:,} tokens; the tower of {run.model.parameters.vision / 1e9:,.2f} billion parameters stands on the "
+        f"first stage, takes {share:.1%} of the FLOPs, is split by tensor and data parallelism and repeated by context "
+        "parallelism"
+    )

@@ -140,6 +140,8 @@ def candidates(setting: Setting, global_batch: int, space: Space) -> Candidates:
     alone = max(space.accepted.get("sequence_parallel", (1,)))
     grow = _Grow(space)
     tensors = [t for t in _divisors(model.heads) if t <= most and (model.kv_heads % t == 0 or t % model.kv_heads == 0)]
+    if model.vision is not None:
+        tensors = [t for t in tensors if model.vision.heads % t == 0 and model.vision.ffn_hidden % t == 0]
     grow.choose("tensor", lambda: [t for t in tensors if not (plain_ffn and model.ffn_hidden % t)])
     grow.choose("pipeline", lambda t: range(1, min(model.layers, most // t) + 1), "tensor")
     grow.choose(

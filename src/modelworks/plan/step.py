@@ -8,7 +8,7 @@ and vectorised: candidates are arrays, and layers are worked out once for each d
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from modelworks.plan.memory import (
     state_bytes,
 )
 from modelworks.plan.pipeline import Stages, bubble, deal_layers
+from modelworks.plan.vision import tower_times
 from modelworks.spec.flops import training_flop_per_token
 
 REASONS = (*COMPONENTS, "recompute", "bubble", "pipeline", "data", "optimizer", "host", "jitter")
@@ -78,7 +79,8 @@ class Blocks:
 def known_blocks(setting: Setting, candidates: Layouts) -> Blocks:
     """The layers of candidates, each different shape worked out once."""
     first, which = distinct(candidates, SHAPE)
-    return Blocks(block_times(setting, candidates.take(first)), which)
+    shapes = candidates.take(first)
+    return Blocks(replace(block_times(setting, shapes), vision=tower_times(setting, shapes)), which)
 
 
 def evaluate(
@@ -151,8 +153,13 @@ class _Rows:
                 both += block.embedding[:, which] + np.where(alone, head, 0.0)
             if kind == "last":
                 both += head + np.where(alone, block.embedding[:, which], 0.0)
+            repeated = self._layers(lambda layer: layer.again, dense, layers - dense)
+            if block.vision is not None and kind != "middle":
+                here = alone | (kind == "first")
+                both += block.vision.both[:, which] * here
+                repeated += block.vision.again[:, which] * here
             parts.append(both)
-            again.append(self._layers(lambda layer: layer.again, dense, layers - dense))
+            again.append(repeated)
         self.times = np.stack(parts, axis=1).reshape(len(COMPONENTS), -1)
         """By component and, flat, by stage and layout: (K, 3 W)."""
         self.plain = [both.sum(axis=0) for both in parts]

@@ -14,6 +14,7 @@ MEANINGS: Mapping[str, str] = {
     "context": "Exchange of keys and values, or of heads, that nothing hides.",
     "expert": "All-to-alls that take tokens to their experts and back, as far as nothing hides them.",
     "launch": "Devices waiting for the host to launch kernels.",
+    "vision": "What the vision tower takes beyond its FLOPs at peak, stages without it included.",
     "recompute": "Activations computed again in the backward pass.",
     "bubble": "Stages that stand idle while the pipeline fills and drains.",
     "pipeline": "Sends of activations and their gradients that nothing hides.",

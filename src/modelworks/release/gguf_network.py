@@ -1,8 +1,8 @@
 """What a GGUF file says of a network: a model spec as metadata, and metadata as a model spec.
 
-Three architectures of llama.cpp: `grok`; `llama`, which is also Mixtral's; `qwen3`. `llama` turns pairs of
+Four architectures of llama.cpp: `grok`; `llama`, which is also Mixtral's; `qwen2`; `qwen3`. `llama` turns pairs of
 neighbouring dimensions, where we (and Hugging Face) pair each with the one half a head away, so that the rows of its
-queries and keys are in another order; the other two are in ours.
+queries and keys are in another order; the others are in ours.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ from modelworks.spec.gguf_header import GgufHeader
 from modelworks.spec.huggingface import layout_of
 from modelworks.spec.model import ModelSpec
 
-ARCHITECTURES = {"grok-1": "grok", "llama": "llama", "mixtral": "llama", "qwen3": "qwen3"}
+ARCHITECTURES = {
+    "grok-1": "grok", "llama": "llama", "mistral": "llama", "smollm3": "llama", "mixtral": "llama", "qwen2": "qwen2",
+    "qwen3": "qwen3",
+}  # fmt: skip
 ROPE_FACTORS = "rope_freqs.weight"
 """What each rotary frequency is divided by (D / 2), in files of networks with Llama 3.1's scaling."""
 _LLAMA3: dict[str, float | str] = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -85,9 +88,10 @@ def spec_of(file: GgufHeader) -> ModelSpec:
     prefix = f"{architecture}."
     values = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
     values.setdefault("vocab_size", len(file.metadata.get("tokenizer.ggml.tokens", [])))
-    tied, biased = "output.weight" not in file.tensors, "blk.0.attn_q.bias" in file.tensors
-    mlp_biased = "blk.0.ffn_down.bias" in file.tensors
-    fields = _fields(architecture, values, str(file.path), tied=tied, attention_bias=biased, mlp_bias=mlp_biased)
+    tied, biased = "output.weight" not in file.tensors, "blk.0.attn_output.bias" in file.tensors
+    fields = _fields(architecture, values, str(file.path), tied=tied, attention_bias=biased)
+    fields["qkv_bias"] = "blk.0.attn_q.bias" in file.tensors and not biased
+    fields["mlp_bias"] = "blk.0.ffn_down.bias" in file.tensors
     if ROPE_FACTORS in file.tensors:
         fields["rope_scaling"] = _llama3_scaling(file, validate(ModelSpec, fields, where=str(file.path)))
     spec = validate(ModelSpec, fields, where=str(file.path))
@@ -124,7 +128,7 @@ def rotated_heads(spec: ModelSpec, architecture: str, ours: str) -> int | None:
 
 
 def _fields(
-    architecture: str, values: dict[str, Any], where: str, *, tied: bool, attention_bias: bool, mlp_bias: bool
+    architecture: str, values: dict[str, Any], where: str, *, tied: bool, attention_bias: bool
 ) -> dict[str, Any]:
     try:
         heads, hidden = values["attention.head_count"], values["embedding_length"]
@@ -140,7 +144,6 @@ def _fields(
             "rope_base": _decimal(values.get("rope.freq_base", 10_000.0)),
             "tied_embeddings": tied,
             "attention_bias": attention_bias,
-            "mlp_bias": mlp_bias,
             "qk_norm": architecture == "qwen3",
         }
         if "attention.key_length" in values:
@@ -192,13 +195,9 @@ def _refuse_lossy(spec: ModelSpec, architecture: str, values: dict[str, Any]) ->
             "model.attention_softcap is missing: llama.cpp's grok has one, and a positive number is accepted"
         )
     fields = _fields(
-        architecture,
-        values,
-        "metadata",
-        tied=spec.tied_embeddings,
-        attention_bias=spec.attention_bias,
-        mlp_bias=spec.mlp_bias,
-    )
+        architecture, values, "metadata", tied=spec.tied_embeddings, attention_bias=spec.attention_bias
+    )  # fmt: skip
+    fields |= {"qkv_bias": spec.qkv_bias, "mlp_bias": spec.mlp_bias}
     back = validate(ModelSpec, fields, where="metadata")
     for name in ModelSpec.model_fields:
         given, read = getattr(spec, name), getattr(back, name)

@@ -65,6 +65,9 @@ TABLES: dict[Layout, tuple[tuple[str, str], ...]] = {
     "grok-1": (*_ENDS, *_SANDWICH_NORMS, *_ATTENTION, *_SPARSE),
     "grok-1-vllm": (*_ENDS, *_SANDWICH_NORMS, *_VLLM_GROK),
     "llama": (*_ENDS, *_PRE_NORMS, *_ATTENTION, *_DENSE),
+    "mistral": (*_ENDS, *_PRE_NORMS, *_ATTENTION, *_DENSE),
+    "smollm3": (*_ENDS, *_PRE_NORMS, *_ATTENTION, *_DENSE),
+    "qwen2": (*_ENDS, *_PRE_NORMS, *_ATTENTION, *_DENSE),
     "qwen3": (*_ENDS, *_PRE_NORMS, *_ATTENTION, *_HEAD_NORMS, *_DENSE),
     "mixtral": (*_ENDS, *_PRE_NORMS, *_ATTENTION, *_SPARSE),
 }

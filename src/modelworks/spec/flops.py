@@ -20,12 +20,33 @@ def forward_flop_per_token(model: ModelSpec, seq_len: int) -> float:
     Narayanan et al. 2021 (arXiv:2104.04473), the forward part of eq. 3, with three changes: the widths of queries,
     keys and values are the model's own (grouped queries, latent attention); only the experts that a token is sent to
     count; and attention counts half of the score matrix, as a causal mask leaves it and as flash kernels compute it.
+    A vision tower's FLOPs on the images of a sequence are spread over all its tokens.
     """
     return (
-        model.layers * (2.0 * _attention_weights(model) + attention_flop_per_token(model, seq_len))
-        + 2.0 * _feed_forward_weights(model)
+        _layers_flop_per_token(model, seq_len)
         + 2.0 * model.hidden * model.vocab
+        + vision_flop_per_sequence(model) / seq_len
     )
+
+
+def vision_flop_per_sequence(model: ModelSpec) -> float:
+    """FLOPs of the forward pass of the vision transformer and its connector over the images of one sequence.
+
+    Two for each weight that a patch meets, and attention over all patches of its tile; none without a tower.
+    """
+    vision = model.vision
+    if vision is None:
+        return 0.0
+    tile = vision.patches * (
+        2.0 * vision.patch_width * vision.hidden + _layers_flop_per_token(vision.transformer, vision.patches)
+    )
+    connector = 2.0 * sum(out * of for out, of in vision.connector_maps(model.hidden))
+    return vision.tiles_per_sequence * tile + vision.tokens_per_sequence * connector
+
+
+def _layers_flop_per_token(model: ModelSpec, seq_len: int) -> float:
+    attention = 2.0 * _attention_weights(model) + attention_flop_per_token(model, seq_len)
+    return model.layers * attention + 2.0 * _feed_forward_weights(model)
 
 
 def attention_flop_per_token(model: ModelSpec, seq_len: int) -> float:
@@ -57,5 +78,5 @@ def _feed_forward_weights(model: ModelSpec) -> int:
     if model.moe is not None:
         moe = model.moe
         visited = matrices * model.hidden * (moe.top_k * moe.expert_hidden + model.shared_width)
-        weights += model.moe_layers * (visited + model.hidden * moe.experts)
+        weights += model.moe_layers * (visited + model.hidden * (moe.experts + moe.shared_gate))
     return weights

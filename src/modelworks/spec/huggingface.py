@@ -12,15 +12,23 @@ from modelworks.spec.fields import nearest, validate
 from modelworks.spec.model import ModelSpec
 
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu"}
-_KNOWN = ["llama", "mistral", "mixtral", "qwen3", "grok-1"]
-_PLANNED = ["deepseek_v3", "gpt2", "qwen3_moe"]
+_KNOWN = ["llama", "mistral", "mixtral", "qwen2", "qwen3", "smollm3", "grok-1"]
+_PLANNED = ["deepseek_v3", "gpt2", "qwen2_moe", "qwen3_moe", "idefics3", "smolvlm"]
 """Further architectures whose fields say what a plan needs; weights of these aren't imported."""
-Layout = Literal["grok-1", "grok-1-vllm", "llama", "qwen3", "mixtral"]
+_ATTENTION_BIASED = ("llama", "qwen3", "qwen3_moe", "smollm3", "deepseek_v3", "grok-1")
+_MLP_BIASED = ("llama", "smollm3", "grok-1")
+"""Architectures in which `attention_bias` and `mlp_bias` mean something."""
+_WINDOW_ASKED = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3")
+"""Architectures that attend over a window only where `use_sliding_window` says so."""
+Layout = Literal["grok-1", "grok-1-vllm", "llama", "mistral", "smollm3", "qwen2", "qwen3", "mixtral"]
 """The layouts of Hugging Face folders that are written; `grok-1` is SGLang's, `grok-1-vllm` that of vLLM <= 0.24."""
 _ARCHITECTURES: dict[Layout, str] = {
     "grok-1": "Grok1ForCausalLM",
     "grok-1-vllm": "Grok1ModelForCausalLM",
     "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "mixtral": "MixtralForCausalLM",
 }
@@ -62,9 +70,10 @@ def spec_values(config: Mapping[str, Any], where: str, planning: bool = False) -
     try:
         if kind == "gpt2":
             return _gpt2_values(config, where)
+        if kind in ("idefics3", "smolvlm"):
+            return _seeing_values(config, where)
         heads = config["num_attention_heads"]
         rope = _rope(config, where)
-        _refuse_sliding_window(config, where)
         values: dict[str, Any] = {
             "name": str(config.get("_name_or_path") or Path(where).parent.name or kind),
             "layers": config["num_hidden_layers"],
@@ -75,10 +84,12 @@ def spec_values(config: Mapping[str, Any], where: str, planning: bool = False) -
             "vocab": config["vocab_size"],
             "context": config["max_position_embeddings"],
             "norm_eps": config.get("rms_norm_eps", 1e-5),
-            "rope_base": config.get("rope_theta", rope.get("rope_theta", 10_000.0)),
-            "tied_embeddings": config.get("tie_word_embeddings", kind == "grok-1"),
-            "attention_bias": config.get("attention_bias", False),
-            "mlp_bias": config.get("mlp_bias", False),
+            "rope_base": config.get("rope_theta", rope.get("rope_theta", 2e6 if kind == "smollm3" else 10_000.0)),
+            "tied_embeddings": config.get("tie_word_embeddings", kind in ("grok-1", "smollm3")),
+            "attention_bias": kind in _ATTENTION_BIASED and config.get("attention_bias", False),
+            "qkv_bias": kind == "qwen2" or (kind == "qwen2_moe" and config.get("qkv_bias", True)),
+            "mlp_bias": kind in _MLP_BIASED and config.get("mlp_bias", False),
+            "sliding_window": _sliding_window(config, where),
             "qk_norm": kind in ("qwen3", "qwen3_moe"),
             "activation": _activation(config, where),
         }
@@ -93,8 +104,10 @@ def spec_values(config: Mapping[str, Any], where: str, planning: bool = False) -
                 "expert_hidden": config["intermediate_size"],
                 "renormalize": True,
             }
-        if kind == "qwen3_moe":
-            values["moe"] = _qwen3_experts(config, where)
+        if kind == "smollm3":
+            values["nope_interval"] = _nope_interval(config, where)
+        if kind in ("qwen2_moe", "qwen3_moe"):
+            values["moe"] = _qwen_experts(config, where)
         if kind == "deepseek_v3":
             values |= _deepseek_values(config, where)
         if kind == "grok-1":
@@ -140,16 +153,45 @@ def _gpt2_values(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     }
 
 
-def _qwen3_experts(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _seeing_values(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Idefics3 and SmolVLM: a vision tower, a pixel shuffle and one map in front of a decoder of its own config.
+
+    How many tiles an image is cut into stands in the preprocessor's config: one is taken. Fields of the tower that are
+    missing have the values of transformers' `Idefics3VisionConfig`.
+    """
+    text, vision = config["text_config"], config["vision_config"]
+    for field, table in (("text_config", text), ("vision_config", vision)):
+        if not isinstance(table, Mapping):
+            raise InputError(f"{where}: {field} = {table!r} is not accepted: it should be a table")
+    tied = config.get("tie_word_embeddings", False)
+    values = spec_values({"model_type": "llama"} | dict(text) | {"tie_word_embeddings": tied}, where)
+    values["vision"] = {
+        "image_size": vision.get("image_size", 224),
+        "patch_size": vision.get("patch_size", 32),
+        "layers": vision.get("num_hidden_layers", 12),
+        "hidden": vision.get("hidden_size", 1152),
+        "heads": vision.get("num_attention_heads", 16),
+        "ffn_hidden": vision.get("intermediate_size", 3072),
+        "pixel_shuffle": config.get("scale_factor", 2),
+    }
+    return values
+
+
+def _qwen_experts(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     if config.get("decoder_sparse_step", 1) != 1 or config.get("mlp_only_layers"):
         raise InputError(
             f"{where}: decoder_sparse_step and mlp_only_layers are not accepted: experts in every layer are"
         )
+    shared = {}
+    if config["model_type"] == "qwen2_moe":
+        width = config["shared_expert_intermediate_size"]
+        shared = {"shared_experts": 1, "shared_hidden": width, "shared_gate": True}
     return {
         "experts": config["num_experts"],
         "top_k": config["num_experts_per_tok"],
         "expert_hidden": config["moe_intermediate_size"],
         "renormalize": config.get("norm_topk_prob", False),
+        **shared,
     }
 
 
@@ -191,14 +233,45 @@ def _rope(config: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     return {}
 
 
-def _refuse_sliding_window(config: Mapping[str, Any], where: str) -> None:
-    """Attention over a window is another network; a window of the whole context is none."""
-    window, context = config.get("sliding_window"), config.get("max_position_embeddings")
-    if window is None or not config.get("use_sliding_window", True):
-        return
-    if isinstance(window, int) and isinstance(context, int) and window >= context:
-        return
-    raise InputError(f"{where}: sliding_window = {window!r} is not accepted: attention over the whole context is")
+def _sliding_window(config: Mapping[str, Any], where: str) -> int | None:
+    """The window that every layer attends over; None for the whole context. Layers that differ are refused."""
+    kind, window, context = (
+        config.get("model_type"),
+        config.get("sliding_window"),
+        config.get("max_position_embeddings"),
+    )
+    if not window or not config.get("use_sliding_window", kind not in _WINDOW_ASKED):
+        return None
+    if not isinstance(window, int) or isinstance(window, bool) or window < 1:
+        raise InputError(f"{where}: sliding_window = {window!r} is not accepted: a positive whole number is")
+    if isinstance(context, int) and window >= context:
+        return None
+    if kind not in (*_WINDOW_ASKED, "mistral", "mixtral"):
+        raise InputError(f"{where}: sliding_window = {window} is not accepted for model_type = {kind!r}: null is")
+    types, layers = config.get("layer_types"), config["num_hidden_layers"]
+    if types is None and kind in ("qwen2", "qwen3"):
+        first = config.get("max_window_layers", 28)
+        types = ["full_attention"] * min(first, layers) + ["sliding_attention"] * max(0, layers - first)
+    if types is None and kind in _WINDOW_ASKED:
+        raise InputError(f"{where}: use_sliding_window = True is not accepted for model_type = {kind!r}: false is")
+    if types is not None and len(set(types)) > 1:
+        raise InputError(
+            f"{where}: sliding_window = {window} in some of the layers is not accepted: in all of them or in none is"
+        )
+    return None if types is not None and "sliding_attention" not in types else window
+
+
+def _nope_interval(config: Mapping[str, Any], where: str) -> int | None:
+    """At which interval SmolLM3's layers have no rotary embedding; None where all have one."""
+    layers = config["num_hidden_layers"]
+    flags = config.get("no_rope_layers")
+    if flags is None:
+        interval = config.get("no_rope_layer_interval", 4)
+        return interval if isinstance(interval, int) and interval <= layers else None
+    for interval in range(1, layers + 2):
+        if list(flags[:layers]) == [int((layer + 1) % interval != 0) for layer in range(layers)]:
+            return interval if interval <= layers else None
+    raise InputError(f"{where}: no_rope_layers = {flags!r} is not accepted: zeros at one interval are")
 
 
 def _activation(config: Mapping[str, Any], where: str) -> str:
@@ -215,7 +288,13 @@ def layout_of(model: ModelSpec) -> Layout:
         return "grok-1"
     if model.moe is not None:
         return "mixtral"
-    return "qwen3" if model.qk_norm else "llama"
+    if model.qk_norm:
+        return "qwen3"
+    if model.qkv_bias:
+        return "qwen2"
+    if model.nope_interval is not None:
+        return "smollm3"
+    return "llama" if model.sliding_window is None else "mistral"
 
 
 def config_from_model(model: ModelSpec, layout: Layout | None = None, dtype: str = "float32") -> dict[str, Any]:
@@ -260,7 +339,16 @@ def config_from_model(model: ModelSpec, layout: Layout | None = None, dtype: str
     if layout == "mixtral" and model.moe is not None:
         config |= {"num_local_experts": model.moe.experts, "num_experts_per_tok": model.moe.top_k}
         config["intermediate_size"] = model.moe.expert_hidden
-        config["sliding_window"] = None
+    if layout in ("mistral", "mixtral"):
+        config["sliding_window"] = model.sliding_window
+    elif model.sliding_window is not None and layout in ("qwen2", "qwen3"):
+        # In every layer; Qwen's configs count the first ones that have none.
+        config |= {"sliding_window": model.sliding_window, "use_sliding_window": True, "max_window_layers": 0}
+    if layout == "smollm3":
+        interval = model.nope_interval or model.layers + 1
+        # Unstated, the padding would be a token of SmolLM3's own vocabulary.
+        config |= {"no_rope_layer_interval": interval, "pad_token_id": None}
+        config["no_rope_layers"] = [int(model.has_rotary(layer)) for layer in range(model.layers)]
     if layout in ("grok-1", "grok-1-vllm"):
         config |= _grok_fields(model, layout)
     _refuse_lossy(model, config, layout)

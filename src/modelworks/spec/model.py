@@ -1,8 +1,9 @@
 """What a network is: the fields that select one decoder, and the parameters that follow from them.
 
-One class covers the Grok family and its open cousins (Llama, Mixtral, GPT-3, DeepSeek-V3). A field that a network
-doesn't have is left at its default. `ModelSpec.parameters` counts from the fields alone, so that a network of
-hundreds of billions of parameters is counted without building it; `model/` builds the same count.
+One class covers the Grok family and its open cousins (Llama, Mixtral, Qwen, GPT-3, DeepSeek-V3), with a vision tower
+where there is one (Grok-1.5V, SmolVLM). A field that a network doesn't have is left at its default.
+`ModelSpec.parameters` counts from the fields alone, so that a network of hundreds of billions of parameters is counted
+without building it; `model/` builds the same count.
 """
 
 from __future__ import annotations
@@ -26,7 +27,11 @@ class MoESpec(Section):
     expert_hidden: PositiveInt
     """Width of one expert."""
     shared_experts: NonNegativeInt = 0
-    """Experts of the same width that every token passes through (DeepSeek)."""
+    """Experts that every token passes through (DeepSeek)."""
+    shared_hidden: PositiveInt | None = None
+    """Width of a shared expert where it isn't `expert_hidden` (Qwen2-MoE)."""
+    shared_gate: bool = False
+    """Whether each token weighs what its shared experts give, by a sigmoid (Qwen2-MoE)."""
     residual: bool = False
     """Whether a dense feed-forward network of the model's `ffn_hidden` stands beside the experts (Grok-2)."""
     dense_layers: NonNegativeInt = 0
@@ -43,7 +48,14 @@ class MoESpec(Section):
             raise ValueError(
                 f"moe.top_k = {self.top_k} needs at least as many experts, and moe.experts = {self.experts}"
             )
+        if not self.shared_experts and (self.shared_hidden is not None or self.shared_gate):
+            raise ValueError("moe.shared_hidden and moe.shared_gate need moe.shared_experts of 1 or more")
         return self
+
+    @property
+    def shared_width(self) -> int:
+        """Width of all shared experts together."""
+        return self.shared_experts * (self.shared_hidden or self.expert_hidden)
 
 
 class LatentAttentionSpec(Section):
@@ -56,6 +68,84 @@ class LatentAttentionSpec(Section):
     """Dimensions of a head that carry the rotary position, beside `nope_head_dim` that do not."""
     nope_head_dim: PositiveInt
     value_head_dim: PositiveInt
+
+
+class VisionSpec(Section):
+    """Eyes in front of the decoder: a vision transformer, and the connector that makes tokens of its patches.
+
+    Tiles are cut into square patches; a transformer attends from each patch of a tile to all of them, in both
+    directions (Dosovitskiy et al. 2020, arXiv:2010.11929; LayerNorm before each half, a plain feed-forward network,
+    biases everywhere, learned positions, no class token: SigLIP, arXiv:2303.15343, without its pooling head). Squares
+    of patches are then joined, and mapped to the decoder's width (Laurencon et al. 2024, arXiv:2408.12637).
+    """
+
+    image_size: PositiveInt
+    """Height and width of a tile in pixels; what does not fill a patch is cut off."""
+    patch_size: PositiveInt
+    layers: PositiveInt
+    hidden: PositiveInt
+    heads: PositiveInt
+    ffn_hidden: PositiveInt
+    pixel_shuffle: PositiveInt = 1
+    """So many patches to each side become one token of the decoder."""
+    connector_hidden: PositiveInt | None = None
+    """Inner width of a connector of two maps and a GELU between them, with biases; unset for one map without bias."""
+    tiles: PositiveInt = 1
+    """Tiles that an image is cut into, its thumbnail among them."""
+    images: PositiveInt = 1
+    """Images in a training sequence; their tokens are part of its length."""
+
+    @model_validator(mode="after")
+    def _divisible(self) -> VisionSpec:
+        if self.patch_size > self.image_size:
+            raise ValueError(f"patch_size = {self.patch_size} is larger than image_size = {self.image_size}")
+        if self.hidden % self.heads:
+            raise ValueError(f"hidden = {self.hidden} doesn't divide by heads = {self.heads}")
+        side = self.image_size // self.patch_size
+        if side % self.pixel_shuffle:
+            raise ValueError(
+                f"pixel_shuffle = {self.pixel_shuffle} doesn't divide image_size / patch_size = {side} patches"
+            )
+        return self
+
+    @property
+    def patches(self) -> int:
+        """Patches of one tile."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def tiles_per_sequence(self) -> int:
+        """Tiles of all of a sequence's images."""
+        return self.images * self.tiles
+
+    @property
+    def tokens_per_sequence(self) -> int:
+        """Tokens of the decoder that a sequence's images take."""
+        return self.tiles_per_sequence * self.patches // self.pixel_shuffle**2
+
+    @property
+    def transformer(self) -> EncoderSpec:
+        """The vision transformer as a network of its own, over the patches of one tile.
+
+        Its patches come from no vocabulary: `vocab` means nothing.
+        """
+        return EncoderSpec(
+            name="vision", layers=self.layers, hidden=self.hidden, ffn_hidden=self.ffn_hidden, heads=self.heads,
+            kv_heads=self.heads, head_dim=self.hidden // self.heads, vocab=1, context=self.patches, activation="gelu",
+            gated_mlp=False, norm="layer", position="learned", attention_bias=True, mlp_bias=True,
+        )  # fmt: skip
+
+    def connector_maps(self, width: int) -> list[tuple[int, int]]:
+        """The (out, in) of the connector's linear maps onto a decoder of that width."""
+        joined = self.pixel_shuffle**2 * self.hidden
+        if self.connector_hidden is None:
+            return [(width, joined)]
+        return [(self.connector_hidden, joined), (width, self.connector_hidden)]
+
+    @property
+    def patch_width(self) -> int:
+        """Numbers in a patch: its pixels in three colours."""
+        return 3 * self.patch_size**2
 
 
 class ModelSpec(Section):
@@ -99,6 +189,11 @@ class ModelSpec(Section):
     attention_softcap: PositiveFloat | None = None
     """`c` in `c * tanh(logits / c)`."""
     attention_bias: bool = False
+    """Biases of all four maps of attention."""
+    qkv_bias: bool = False
+    """Biases of queries, keys and values alone (Qwen2)."""
+    nope_interval: PositiveInt | None = None
+    """Every so manieth layer has no rotary embedding, the others have (SmolLM3); unset for all."""
     mlp_bias: bool = False
     sliding_window: PositiveInt | None = None
     """How many tokens attention looks back on, itself included, in every layer (Mistral 7B); unset for all."""
@@ -108,6 +203,7 @@ class ModelSpec(Section):
     output_softcap: PositiveFloat | None = None
     tied_embeddings: bool = False
     moe: MoESpec | None = None
+    vision: VisionSpec | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -134,6 +230,15 @@ class ModelSpec(Section):
             raise ValueError(f"heads = {self.heads} doesn't divide by kv_heads = {self.kv_heads}")
         if self.position == "rope" and self.head_dim % 2:
             raise ValueError(f"head_dim = {self.head_dim} must be even for a rotary embedding")
+        if self.qkv_bias and self.attention_bias:
+            raise ValueError("qkv_bias and attention_bias are not accepted together: attention_bias has those too")
+        if self.qkv_bias and self.latent_attention is not None:
+            raise ValueError("qkv_bias is not accepted beside latent_attention")
+        if self.nope_interval is not None and (self.position != "rope" or self.nope_interval > self.layers):
+            raise ValueError(
+                f"nope_interval = {self.nope_interval} needs position = 'rope' and as many layers, "
+                f"and there are {self.layers}"
+            )
         if self.moe is not None and self.moe.dense_layers > self.layers:
             raise ValueError(f"moe.dense_layers = {self.moe.dense_layers} is more than layers = {self.layers}")
         return self
@@ -153,7 +258,11 @@ class ModelSpec(Section):
         """Width of the dense networks that every token passes through beside the experts it is sent to."""
         if self.moe is None:
             return 0
-        return self.moe.shared_experts * self.moe.expert_hidden + (self.ffn_hidden if self.moe.residual else 0)
+        return self.moe.shared_width + (self.ffn_hidden if self.moe.residual else 0)
+
+    def has_rotary(self, layer: int) -> bool:
+        """Whether a layer, counted from 0, turns its queries and keys by their positions."""
+        return self.position == "rope" and (self.nope_interval is None or (layer + 1) % self.nope_interval != 0)
 
     def attended(self, seq_len: int) -> float:
         """How many tokens one token of a causal sequence attends to on average: half, or up to a window of them."""
@@ -169,6 +278,14 @@ class ModelSpec(Section):
     def parameters(self) -> ParameterCount:
         """The network's parameters by kind."""
         return count_parameters(self)
+
+
+class EncoderSpec(ModelSpec):
+    """A transformer whose tokens attend to all tokens of their sequence, those behind them too."""
+
+    def attended(self, seq_len: int) -> float:
+        """How many tokens one token attends to: all of them."""
+        return float(seq_len)
 
 
 @dataclass(frozen=True)
@@ -189,6 +306,8 @@ class ParameterCount:
     norms: int
     active_experts: int
     """The routed experts that one token passes through."""
+    vision: int = 0
+    """The vision transformer and its connector."""
 
     @property
     def total(self) -> int:
@@ -202,6 +321,7 @@ class ParameterCount:
             + self.shared_experts
             + self.router
             + self.norms
+            + self.vision
         )
 
     @property
@@ -223,7 +343,8 @@ def count_parameters(model: ModelSpec) -> ParameterCount:
     if model.latent_attention is None:
         q_width, kv_width = model.heads * model.head_dim, model.kv_heads * model.head_dim
         attention = hidden * (q_width + 2 * kv_width) + q_width * hidden
-        attention += (q_width + 2 * kv_width + hidden) if model.attention_bias else 0
+        attention += (q_width + 2 * kv_width) if model.attention_bias or model.qkv_bias else 0
+        attention += hidden if model.attention_bias else 0
         norms_per_layer += 2 * model.head_dim if model.qk_norm else 0
     else:
         mla = model.latent_attention
@@ -246,8 +367,19 @@ def count_parameters(model: ModelSpec) -> ParameterCount:
         attention=layers * attention,
         dense_ffn=model.dense_layers * (matrices * hidden * model.ffn_hidden + ffn_bias),
         experts=moe_layers * expert * moe.experts if moe else 0,
-        shared_experts=moe_layers * matrices * hidden * model.shared_width,
+        shared_experts=moe_layers * hidden * (matrices * model.shared_width + (moe.shared_gate if moe else 0)),
         router=moe_layers * router,
         norms=layers * norms_per_layer + norm_size,
         active_experts=moe_layers * expert * moe.top_k if moe else 0,
+        vision=0 if model.vision is None else _vision_parameters(model.vision, hidden),
     )
+
+
+def _vision_parameters(vision: VisionSpec, width: int) -> int:
+    """Patch embedding with its bias, positions, transformer, last normalisation, connector."""
+    transformer = count_parameters(vision.transformer)
+    embedding = (vision.patch_width + 1 + vision.patches) * vision.hidden
+    connector = sum(out * of for out, of in vision.connector_maps(width))
+    if vision.connector_hidden is not None:
+        connector += vision.connector_hidden + width
+    return embedding + transformer.attention + transformer.dense_ffn + transformer.norms + connector

@@ -217,6 +217,7 @@ class RunSpec(Section):
                 f"parallel.context = {context} doesn't divide train.seq_len = {train.seq_len} into two parts for each "
                 "rank, which balance a causal mask"
             )
+        self._fits_vision()
         self._fills_stages()
         self._fills_cluster()
         self._fills_global_batch()
@@ -228,6 +229,22 @@ class RunSpec(Section):
     def nodes(self) -> int:
         """Over how many nodes an engine spreads the run."""
         return self.launch.nodes or self.cluster.nodes
+
+    def _fits_vision(self) -> None:
+        """Refuse more images than a sequence holds, and a tensor degree that doesn't split the vision tower."""
+        vision, tensor = self.model.vision, self.parallel.tensor
+        if vision is None:
+            return
+        if vision.tokens_per_sequence > self.train.seq_len:
+            raise ValueError(
+                f"model.vision.images = {vision.images} of {vision.tiles} tiles make {vision.tokens_per_sequence} "
+                f"tokens, more than train.seq_len = {self.train.seq_len}"
+            )
+        for field in ("heads", "ffn_hidden"):
+            if tensor != "auto" and getattr(vision, field) % tensor:
+                raise ValueError(
+                    f"parallel.tensor = {tensor} doesn't divide model.vision.{field} = {getattr(vision, field)}"
+                )
 
     def _fills_stages(self) -> None:
         """Refuse a pipeline of more chunks than layers, and a schedule that its chunks don't go with."""
