@@ -203,7 +203,7 @@ def test_a_job_that_slurm_refuses_leaves_nothing_behind(
         [sys.executable, "-m", "modelworks", "train", str(path), "--on", "slurm"], capture_output=True, text=True
     )
     assert done.returncode == 1
-    assert "invalid partition" in done.stderr
+    assert "Invalid partition name specified" in " ".join(done.stderr.split())
     assert not (runs_folder() / "refused").exists()
 
 
