@@ -185,7 +185,7 @@ def modelworks(candidate: Candidate) -> tuple[Any, Callable[[Any], Any]]:
         return losses.cross_entropy + 0.01 * losses.load_balance + 0.001 * losses.router_z
 
     if candidate.compiled:
-        assert try_compile(network, lambda: loss(torch.randint(0, VOCAB, (BATCH, LENGTH + 1))))
+        assert try_compile(network, lambda: loss(torch.randint(0, VOCAB, (BATCH, LENGTH + 1))).backward())
     return network, loss
 
 

@@ -509,15 +509,33 @@ def import_grok1_command(
     folder: Annotated[Path, typer.Argument(help="The release: the folder that holds ckpt-0.")],
     out: OutFolder,
     config: Annotated[Path | None, typer.Option(help="A manifest.json; Grok-1's own constants without it.")] = None,
+    to: Annotated[str, typer.Option(help="safetensors, gguf or both, with a comma between.")] = "safetensors",
     dtype: WeightType = "float32",
+    layout: Annotated[str, typer.Option(help="Names of the safetensors: sglang, or vllm (up to 0.24).")] = "sglang",
+    quantize: Annotated[str, typer.Option(help="Of the GGUF file: f32, f16, bf16, q8_0 or q4_k.")] = "q8_0",
+    tokenizer: Annotated[Path | None, typer.Option(help="The release's tokenizer.model; GGUF needs it.")] = None,
 ) -> None:
-    """Turn Grok-1's released checkpoint into a Hugging Face folder.
+    """Turn Grok-1's released checkpoint into a Hugging Face folder or a GGUF file; after an interruption, go on.
 
-    Example: modelworks import grok-1 checkpoints --out grok-1 --dtype bfloat16
+    Example: modelworks import grok-1 checkpoints --out grok-1 --to gguf --tokenizer tokenizer.model
     """
     from modelworks.release.grok1 import import_grok1
 
-    spec = _with_progress(lambda progress: import_grok1(folder, out, config, dtype, progress))
+    if layout not in ("sglang", "vllm"):
+        raise InputError(f"--layout {layout} is not accepted: sglang or vllm is")
+    spec = _with_progress(
+        lambda progress: import_grok1(
+            folder,
+            out,
+            config,
+            dtype,
+            progress,
+            to=to.split(","),
+            vllm=layout == "vllm",
+            precision=quantize,
+            tokenizer=tokenizer,
+        )
+    )
     console.print(f"{spec.parameters.total:,} parameters in {out}", soft_wrap=True)
 
 

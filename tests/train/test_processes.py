@@ -56,6 +56,10 @@ def _wait_for(happened: Callable[[], bool], process: subprocess.Popen[str]) -> N
         time.sleep(0.02)
 
 
+def _set(*values: str) -> list[str]:
+    return [word for value in values for word in ("--set", value)]
+
+
 def _step(name: str) -> int:
     metrics = runs_folder() / name / "metrics.jsonl"
     return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
@@ -169,9 +173,18 @@ def test_processes_whose_parent_is_killed_save_and_end(
         (["--nproc", "4", "--set", "train.micro_batch=4"], "train.micro_batch = 4 is not accepted on 4"),
         (["--nproc", "2", "--set", "parallel.shard=3"], "parallel.shard = 3 is not accepted"),
         (["--nproc", "2", "--set", "data.files=[]"], "data.files"),
-        (["--nproc", "2", "--set", "train.compile=true"], "train.compile = true is not accepted on 2"),
-        (["--nproc", "2", "--set", "parallel.pipeline=2"], "parallel.pipeline = 2 is not accepted"),
-        (["--nproc", "2", "--set", "parallel.recompute=selective"], "parallel.recompute = 'selective' is not accepted"),
+        (
+            ["--nproc", "2", *_set("train.compile=true", "parallel.tensor=2")],
+            "train.compile = true is not accepted with",
+        ),
+        (
+            ["--nproc", "4", *_set("parallel.pipeline=2", "train.micro_batch=2")],
+            "train.global_batch = 4 is not accepted with parallel.pipeline = 2",
+        ),
+        (
+            ["--nproc", "2", *_set("parallel.pipeline=2", "parallel.schedule=interleaved")],
+            "parallel.schedule = 'interleaved' is not accepted with parallel.pipeline = 2",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence_and_starts_no_process(

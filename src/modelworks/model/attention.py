@@ -120,12 +120,15 @@ class Attention(nn.Module):
             queries, keys = rotate(queries, rotary), rotate(keys, rotary)
         if cache is not None:
             keys, values = cache.append(self.layer, keys, values)
-        if self.softcap is None:
-            attended = fused_attention(queries, keys, values, self.scale, self.window)
-        else:
-            attended = softcap_attention(queries, keys, values, self.scale, self.softcap)
+        attended = self.attend(queries, keys, values)
         output: Tensor = self.wo(attended.transpose(1, 2).reshape(batch, length, -1))  # (B, T, H)
         return output
+
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Causal attention of the last positions' queries; shapes as in `fused_attention`."""
+        if self.softcap is None:
+            return fused_attention(queries, keys, values, self.scale, self.window)
+        return softcap_attention(queries, keys, values, self.scale, self.softcap)
 
 
 def fused_attention(queries: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None = None) -> Tensor:

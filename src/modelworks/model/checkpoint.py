@@ -208,11 +208,14 @@ def reason(error: BaseException) -> str:
 
 
 def _write_tensors(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    # The stages of a pipeline have different tensors; the first process says for all what goes into which file.
+    parts = _on_all(lambda: {key: tensor.nbytes for key, tensor in tensors.items()})
+    sizes = {key: size for part in parts for key, size in part.items()}
     file_of, file, filled = {}, 1, 0
-    for key, tensor in tensors.items():
-        if filled and filled + tensor.nbytes > _FILE_BYTES:
+    for key, size in sizes.items():
+        if filled and filled + size > _FILE_BYTES:
             file, filled = file + 1, 0
-        filled += tensor.nbytes
+        filled += size
         file_of[key] = file
     writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=file_of, save_distributed=True)
     with _dcp():

@@ -1,10 +1,18 @@
-"""Writes a network as a GGUF file that llama.cpp runs, one tensor in memory at a time."""
+"""Writes a network as a GGUF file that llama.cpp runs, one tensor in memory at a time.
+
+The `gguf` package writes what stands before the tensors; the tensors follow piece by piece, each on a multiple of the
+file's alignment. Beside a file that isn't finished stands how many of its tensors are whole, so that writing goes on
+there after an interruption.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from io import BufferedRandom
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +27,12 @@ from modelworks.release.layouts import TensorPlace, places
 from modelworks.release.quantization import FILE_TYPES, Precision, encoded, kind_for
 from modelworks.release.vocabulary import Vocabulary
 from modelworks.spec.errors import InputError, OperationError
+from modelworks.spec.home import write_atomically
+from modelworks.spec.model import ModelSpec
+
+Pieces = Callable[[TensorPlace, gguf.GGMLQuantizationType], Iterable[np.ndarray]]
+"""A tensor's content in a format, in pieces whose bytes follow one another."""
+_ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT
 
 
 @dataclass(frozen=True)
@@ -37,7 +51,28 @@ def write_gguf(
     described: Described,
     progress: Progress | None = None,
 ) -> None:
-    """Write a network with its tokenizer.
+    """Write a network with its tokenizer; raises as `write_tensors` does."""
+    architecture, _ = metadata_of(decoder.spec)
+    parameters = dict(decoder.named_parameters())
+
+    def pieces(place: TensorPlace, kind: gguf.GGMLQuantizationType) -> list[np.ndarray]:
+        tensor = place.of(parameters).to(torch.float32)
+        heads = rotated_heads(decoder.spec, architecture, place.ours)
+        return [encoded((tensor if heads is None else to_neighbours(tensor, heads)).numpy(), kind)]
+
+    write_tensors(path, decoder.spec, vocabulary, precision, described, pieces, progress)
+
+
+def write_tensors(
+    path: Path,
+    spec: ModelSpec,
+    vocabulary: Vocabulary,
+    precision: Precision,
+    described: Described,
+    pieces: Pieces,
+    progress: Progress | None = None,
+) -> None:
+    """Write a network whose tensors come in pieces, and its tokenizer; a file that was begun alike is gone on with.
 
     Raises
     ------
@@ -46,52 +81,89 @@ def write_gguf(
     OperationError
         If the file can't be written.
     """
-    spec = decoder.spec
     if len(vocabulary.tokens) != spec.vocab:
         raise InputError(f"the tokenizer has {len(vocabulary.tokens)} pieces and the network's vocabulary {spec.vocab}")
-    architecture, metadata = metadata_of(spec)
     listed = places(spec, "gguf")
-    writer = gguf.GGUFWriter(path, architecture)
+    kinds = [kind_for(place.theirs, place.shape, precision) for place in listed]
+    part, count = path.with_name(f"{path.name}.part"), path.with_name(f"{path.name}.tensors")
+    try:
+        start = _start(path, spec, vocabulary, precision, described, [*zip(listed, kinds, strict=True)])
+        whole, begin = _whole_tensors(part, count, start), len(start)
+        if not whole:
+            part.write_bytes(start)
+        with part.open("r+b") as file:
+            for done, (place, kind) in enumerate(zip(listed, kinds, strict=True), start=1):
+                size = _bytes(place, kind)
+                if done > whole:
+                    _write_one(file, begin, size, pieces(place, kind))
+                    os.fsync(file.fileno())
+                    write_atomically(count, f"{done}\n")
+                begin += size + -size % _ALIGNMENT
+                if progress is not None:
+                    progress(f"writing GGUF {precision}", done, len(listed))
+        part.rename(path)
+        count.unlink()
+    except OSError as error:
+        raise OperationError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def _whole_tensors(part: Path, count: Path, start: bytes) -> int:
+    """How many tensors of an earlier attempt at this very file are whole."""
+    try:
+        with part.open("rb") as file:
+            return int(count.read_text()) if file.read(len(start)) == start else 0
+    except (FileNotFoundError, ValueError):
+        return 0
+
+
+def _write_one(file: BufferedRandom, begin: int, size: int, pieces: Iterable[np.ndarray]) -> None:
+    file.seek(begin)
+    file.truncate()
+    for piece in pieces:
+        file.write(np.ascontiguousarray(piece).view(np.uint8).reshape(-1).data)
+    assert file.tell() == begin + size
+    file.write(b"\0" * (-size % _ALIGNMENT))
+    file.flush()
+
+
+def _padded(content: bytes) -> bytes:
+    return content + b"\0" * (-len(content) % _ALIGNMENT)
+
+
+def _bytes(place: TensorPlace, kind: gguf.GGMLQuantizationType) -> int:
+    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    return prod(place.shape) // block * block_bytes
+
+
+def _start(
+    path: Path,
+    spec: ModelSpec,
+    vocabulary: Vocabulary,
+    precision: Precision,
+    described: Described,
+    listed: list[tuple[TensorPlace, gguf.GGMLQuantizationType]],
+) -> bytes:
+    """All that stands before the first tensor of the network."""
+    architecture, metadata = metadata_of(spec)
+    file = path.with_name(f"{path.name}.header")
+    writer = gguf.GGUFWriter(file, architecture)
     try:
         _write_metadata(writer, architecture, metadata, vocabulary, precision, described)
         factors = rope_factors(spec)
         if factors is not None:
             writer.add_tensor_info(ROPE_FACTORS, tuple(factors.shape), np.dtype(np.float32), factors.nbytes)
-        for place in listed:
-            _announce(writer, place, precision)
+        for place, kind in listed:
+            writer.add_tensor_info(place.theirs, place.shape, np.dtype(np.float32), _bytes(place, kind), raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        if factors is not None:
-            writer.write_tensor_data(factors.numpy())
-        for done, values in enumerate(_tensors(decoder, architecture, listed, precision)):
-            if progress is not None:
-                progress(f"writing GGUF {precision}", done, len(listed))
-            writer.write_tensor_data(values)
-    except OSError as error:
-        raise OperationError(f"{path} cannot be written: {error.strerror or error}") from error
+        writer.close()
+        start = _padded(file.read_bytes())
+        return start if factors is None else start + _padded(factors.numpy().tobytes())
     finally:
         with contextlib.suppress(OSError):
             writer.close()
-
-
-def _announce(writer: gguf.GGUFWriter, place: TensorPlace, precision: Precision) -> None:
-    kind = kind_for(place.theirs, place.shape, precision)
-    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-    size = int(np.prod(place.shape)) // block * block_bytes
-    writer.add_tensor_info(place.theirs, place.shape, np.dtype(np.float32), size, raw_dtype=kind)
-
-
-def _tensors(
-    decoder: Decoder, architecture: str, listed: list[TensorPlace], precision: Precision
-) -> Iterator[np.ndarray]:
-    parameters = dict(decoder.named_parameters())
-    for place in listed:
-        tensor = place.of(parameters).to(torch.float32)
-        heads = rotated_heads(decoder.spec, architecture, place.ours)
-        if heads is not None:
-            tensor = to_neighbours(tensor, heads)
-        yield encoded(tensor.numpy(), kind_for(place.theirs, place.shape, precision))
+        file.unlink(missing_ok=True)
 
 
 def _write_metadata(
@@ -114,11 +186,15 @@ def _write_metadata(
             writer.add_float32(f"{architecture}.{key}", value)
         else:
             writer.add_uint32(f"{architecture}.{key}", value)
-    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_model("gpt2" if vocabulary.scores is None else "llama")
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(vocabulary.tokens)
     writer.add_token_types(vocabulary.types)
-    writer.add_token_merges(vocabulary.merges)
+    if vocabulary.scores is None:
+        writer.add_token_merges(vocabulary.merges)
+    else:
+        writer.add_token_scores(vocabulary.scores)
+        writer.add_add_space_prefix(True)
     writer.add_bos_token_id(vocabulary.bos)
     writer.add_eos_token_id(vocabulary.eos)
     if vocabulary.eot is not None:

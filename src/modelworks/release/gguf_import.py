@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,7 @@ def import_gguf(file: Path, out: Path, dtype: str = "float32", progress: Progres
         raise InputError(f"{file}: the tokenizer has {len(vocabulary.tokens)} pieces and the network {spec.vocab}")
     stored = _checked(content, spec)
     with staged_folder(out) as temporary:
-        write_tensors(temporary, spec, layout_for(spec), _tensors(content, spec, stored), dtype, progress)
+        write_tensors(temporary, spec, layout_for(spec), _filler(content, spec, stored), dtype, progress)
         write_tokenizer(vocabulary, temporary, spec.context)
     return spec
 
@@ -83,13 +84,20 @@ def _checked(content: GgufHeader, spec: ModelSpec) -> dict[str, TensorPlace]:
     return by_ours
 
 
-def _tensors(content: GgufHeader, spec: ModelSpec, stored: dict[str, TensorPlace]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors under their Hugging Face names; a layer's experts are read together and given out one by one."""
-    ours, tensor = "", torch.empty(0)
-    for place in places(spec, layout_for(spec)):
-        if place.ours != ours:
-            ours, tensor = place.ours, _values(content, spec, stored[place.ours])
-        yield place.theirs, tensor if place.expert is None else tensor[place.expert]
+def _filler(
+    content: GgufHeader, spec: ModelSpec, stored: dict[str, TensorPlace]
+) -> Callable[[TensorPlace, Tensor], None]:
+    """Copies tensors out of the file; a layer's experts are read together and given out one by one."""
+
+    @functools.lru_cache(maxsize=1)
+    def parameter(ours: str) -> Tensor:
+        return _values(content, spec, stored[ours])
+
+    def fill(place: TensorPlace, target: Tensor) -> None:
+        whole = parameter(place.ours)
+        target.copy_(whole if place.expert is None else whole[place.expert])
+
+    return fill
 
 
 def _values(content: GgufHeader, spec: ModelSpec, place: TensorPlace) -> Tensor:

@@ -8,7 +8,8 @@ shapes before anything is allocated.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,14 @@ from torch import Tensor
 
 from modelworks.model.decoder import Decoder
 from modelworks.release.layouts import TensorPlace, layout_for, places
-from modelworks.release.staging import staged_folder
+from modelworks.release.staging import flush, staged_folder
 from modelworks.spec.errors import InputError, OperationError
 from modelworks.spec.huggingface import Layout, config_from_model, layout_of, model_from_config
 from modelworks.spec.model import ModelSpec
 
 Progress = Callable[[str, int, int], None]
 """Told (what is done now, how many are done, of how many)."""
-SHARD_BYTES = 4 << 30
+SHARD_BYTES = 2 << 30
 """Size at which a new safetensors file is begun."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -93,19 +94,30 @@ def write_model(
     """Write ``config.json`` and the weights of a network into a folder; returns the files."""
     layout = layout_for(decoder.spec, vllm)
     parameters = dict(decoder.named_parameters())
-    tensors = ((place.theirs, place.of(parameters)) for place in places(decoder.spec, layout))
-    return write_tensors(folder, decoder.spec, layout, tensors, dtype, progress)
+
+    def fill(place: TensorPlace, target: Tensor) -> None:
+        target.copy_(place.of(parameters))
+
+    return write_tensors(folder, decoder.spec, layout, fill, dtype, progress)
 
 
 def write_tensors(
     folder: Path,
     spec: ModelSpec,
     layout: Layout,
-    tensors: Iterable[tuple[str, Tensor]],
+    fill: Callable[[TensorPlace, Tensor], None],
     dtype: str = "float32",
     progress: Progress | None = None,
 ) -> list[Path]:
-    """Write ``config.json`` and named tensors, which may come one by one; a file is written when it is full.
+    """Write ``config.json`` and a network's tensors, of which no more than a file's are in memory at a time.
+
+    A weights file has its name only when it is whole, and one that is there already is left as it is, so that what was
+    interrupted goes on.
+
+    Parameters
+    ----------
+    fill
+        Copies a tensor's values into the one that it is given, of the written dtype.
 
     Raises
     ------
@@ -117,23 +129,28 @@ def write_tensors(
     if dtype not in DTYPES:
         raise InputError(f"dtype = {dtype!r} is not accepted: one of {', '.join(DTYPES)} is")
     config = config_from_model(spec, layout, dtype)
-    total = len(places(spec, layout))
-    shards: list[dict[str, Tensor]] = [{}]
-    names: list[list[str]] = []
-    held = 0
-    for done, (name, tensor) in enumerate(tensors, start=1):
-        # A copy in memory of its own, since tied or sliced tensors share storage, which the format has no word for.
-        stored = tensor.detach().to(DTYPES[dtype], copy=True).contiguous()
-        if held and held + stored.nbytes > SHARD_BYTES:
-            names.append(_write_shard(folder, len(names), shards.pop()))
-            shards.append({})
-            held = 0
-        shards[-1][name] = stored
-        held += stored.nbytes
-        if progress is not None:
-            progress("writing safetensors", done, total)
-    names.append(_write_shard(folder, len(names), shards.pop()))
-    return [_write_json(folder / "config.json", config), *_name_shards(folder, names)]
+    shards = _shards(places(spec, layout), DTYPES[dtype])
+    done, total = 0, sum(map(len, shards))
+    files = []
+    for number, contained in enumerate(shards, start=1):
+        name = "model" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}"
+        file = folder / f"{name}.safetensors"
+        files.append(file)
+        if file.exists():
+            done += len(contained)
+            continue
+        tensors = {}
+        for place in contained:
+            # Memory of its own, since tied or sliced tensors share storage, which the format has no word for.
+            tensors[place.theirs] = torch.empty(place.shape, dtype=DTYPES[dtype])
+            fill(place, tensors[place.theirs])
+            done += 1
+            if progress is not None:
+                progress("writing safetensors", done, total)
+        _write_shard(file, tensors)
+    if len(shards) > 1:
+        files.append(_write_index(folder, shards, files))
+    return [_write_json(folder / "config.json", config), *files]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -149,31 +166,34 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _write_shard(folder: Path, number: int, tensors: dict[str, Tensor]) -> list[str]:
+def _shards(listed: list[TensorPlace], dtype: torch.dtype) -> list[list[TensorPlace]]:
+    """The tensors by file."""
+    shards: list[list[TensorPlace]] = [[]]
+    held = 0
+    for place in listed:
+        size = math.prod(place.shape) * dtype.itemsize
+        if held and held + size > SHARD_BYTES:
+            shards.append([])
+            held = 0
+        shards[-1].append(place)
+        held += size
+    return shards
+
+
+def _write_shard(file: Path, tensors: dict[str, Tensor]) -> None:
+    part = file.with_name(f"{file.name}.part")
     try:
-        save_file(tensors, folder / _part(number), metadata={"format": "pt"})
+        save_file(tensors, part, metadata={"format": "pt"})
+        flush(part)
+        part.rename(file)
     except (OSError, SafetensorError) as error:
-        raise OperationError(f"{folder / _part(number)} cannot be written: {error}") from error
-    return list(tensors)
+        raise OperationError(f"{file} cannot be written: {error}") from error
 
 
-def _part(number: int) -> str:
-    return f"part-{number:05d}.safetensors"
-
-
-def _name_shards(folder: Path, names: list[list[str]]) -> list[Path]:
-    """Give the files their customary names, which state how many there are, and write the index."""
-    if len(names) == 1:
-        return [(folder / _part(0)).rename(folder / "model.safetensors")]
-    weight_map: dict[str, str] = {}
-    files, size = [], 0
-    for number, contained in enumerate(names):
-        file = (folder / _part(number)).rename(folder / f"model-{number + 1:05d}-of-{len(names):05d}.safetensors")
-        files.append(file)
-        size += file.stat().st_size
-        weight_map |= dict.fromkeys(contained, file.name)
-    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-    return [*files, _write_json(folder / "model.safetensors.index.json", index)]
+def _write_index(folder: Path, shards: list[list[TensorPlace]], files: list[Path]) -> Path:
+    weight_map = {place.theirs: file.name for contained, file in zip(shards, files, strict=True) for place in contained}
+    index = {"metadata": {"total_size": sum(file.stat().st_size for file in files)}, "weight_map": weight_map}
+    return _write_json(folder / "model.safetensors.index.json", index)
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> Path:

@@ -4,11 +4,13 @@ A pickle is a program: it may name any function and call it. Two ideas keep this
 use are looked up in a table of a dozen, and everything else is refused by name. And what the table holds is never
 NumPy's own function but a stand-in of ours, made anew for each file, that checks its arguments and does nothing but
 describe an array; the array itself is built by us at the end, from bytes whose number must fit its shape.
+
+A file of the release has up to three gigabytes. It is mapped and not read: the array is a view into the file.
 """
 
 from __future__ import annotations
 
-import io
+import mmap
 import pickle
 import struct
 from collections.abc import Callable
@@ -38,12 +40,16 @@ class QuantizedTensor(NamedTuple):
     """(..., blocks, columns), with `blocks` a divisor of `rows`."""
 
 
+_VIEWED_BYTES = 1 << 20
+"""From this length on, bytes are views into the mapped file."""
+
+
 class RefusedPickleError(InputError):
     """The pickle names or does something that an array's pickle never does."""
 
 
 def read_array(path: Path) -> np.ndarray | QuantizedTensor:
-    """Read one file of Grok-1's released format.
+    """Read one file of Grok-1's released format; large arrays are read-only views into the mapped file.
 
     Raises
     ------
@@ -53,8 +59,7 @@ def read_array(path: Path) -> np.ndarray | QuantizedTensor:
     """
     try:
         with path.open("rb") as file:
-            found = _RestrictedUnpickler(file).load()
-            return _finished(found)
+            return _finished(_RestrictedUnpickler(_MappedFile(file.fileno())).load())
     except RefusedPickleError as error:
         raise InputError(f"{path}: refused: {error}") from None
     except FileNotFoundError:
@@ -77,6 +82,41 @@ def read_array(path: Path) -> np.ndarray | QuantizedTensor:
         raise InputError(
             f"{path}: damaged or truncated, not a pickled array ({error or type(error).__name__})"
         ) from None
+
+
+def forget_pages(array: np.ndarray) -> None:
+    """Let the memory go that holds what was read of a mapped array; it is read anew when it is looked at again."""
+    base: Any = array
+    while base is not None and not isinstance(base, mmap.mmap):
+        base = base.obj if isinstance(base, memoryview) else getattr(base, "base", None)
+    if base is not None and hasattr(mmap, "MADV_DONTNEED"):
+        base.madvise(mmap.MADV_DONTNEED)
+
+
+class _MappedFile:
+    """A file as an unpickler reads it, whose long reads are views."""
+
+    def __init__(self, handle: int) -> None:
+        self._content = mmap.mmap(handle, 0, access=mmap.ACCESS_READ)
+        self._at = 0
+
+    def read(self, count: int) -> Any:
+        """The next bytes, fewer at the file's end."""
+        begin, self._at = self._at, min(self._at + max(count, 0), len(self._content))
+        if self._at - begin < _VIEWED_BYTES:
+            return self._content[begin : self._at]
+        return memoryview(self._content)[begin : self._at]
+
+    def readline(self) -> bytes:
+        """The bytes up to the next newline."""
+        end = self._content.find(b"\n", self._at)
+        return bytes(self.read((len(self._content) if end < 0 else end + 1) - self._at))
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill a buffer with the next bytes."""
+        content = self.read(len(buffer))
+        buffer[: len(content)] = content
+        return len(content)
 
 
 class _Name:
@@ -126,7 +166,7 @@ class _Array:
     shape: tuple[int, ...] | None = None
     dtype: np.dtype[Any] | None = None
     fortran: bool = False
-    content: bytes | bytearray = b""
+    content: bytes | bytearray | memoryview = b""
 
     def __setstate__(self, state: Any) -> None:
         if not isinstance(state, tuple) or len(state) != 5:
@@ -135,7 +175,7 @@ class _Array:
         self.describe(shape, dtype, fortran is True, content)
 
     def describe(self, shape: Any, dtype: Any, fortran: bool, content: Any) -> None:
-        if not isinstance(dtype, _DType) or not isinstance(content, (bytes, bytearray)):
+        if not isinstance(dtype, _DType) or not isinstance(content, (bytes, bytearray, memoryview)):
             raise RefusedPickleError("it describes an array of Python objects")
         if not isinstance(shape, tuple) or not all(type(size) is int and size >= 0 for size in shape):
             raise RefusedPickleError("it describes an array whose shape isn't made of whole numbers")
@@ -155,7 +195,7 @@ class _Array:
 
 # The unpickler written in Python keeps its memo in a dictionary; the one in C allocates as far as the file tells it to.
 class _RestrictedUnpickler(pickle._Unpickler):
-    def __init__(self, file: io.BufferedIOBase) -> None:
+    def __init__(self, file: _MappedFile) -> None:
         super().__init__(file)
         # A class of its own for each file, so that nothing a file does to it is seen by the next.
         self.quantized: type = type(_QUANTIZED, (), {})
@@ -169,6 +209,12 @@ class _RestrictedUnpickler(pickle._Unpickler):
             raise RefusedPickleError(
                 f"it names {module}.{name}; only NumPy arrays, ml_dtypes' numbers and {_QUANTIZED} are accepted"
             ) from None
+
+    def load_view(self) -> None:
+        """A bytearray of the pickle, which nothing here changes, as a view too."""
+        self.append(self.read(int.from_bytes(self.read(8), "little")))
+
+    dispatch = {**pickle._Unpickler.dispatch, pickle.BYTEARRAY8[0]: load_view}
 
     def persistent_load(self, _: Any) -> Any:
         """References to objects outside of the file are not for arrays."""

@@ -1,4 +1,5 @@
-"""A tokenizer in GGUF and in Hugging Face's ``tokenizer.json``: byte-level BPE, in both directions.
+"""A tokenizer in GGUF and in Hugging Face's ``tokenizer.json``: byte-level BPE, in both directions; and a SentencePiece
+model, such as Grok-1's ``tokenizer.model``, in GGUF.
 
 llama.cpp doesn't read a tokenizer's pre-tokenizer (the pattern that splits text before BPE): it knows some by name.
 `PRE_TOKENIZERS` pairs the names with what they stand for; a tokenizer with another pattern would give other ids
@@ -15,7 +16,7 @@ from typing import Any
 import gguf
 from tokenizers import Tokenizer
 
-from modelworks.spec.errors import InputError
+from modelworks.spec.errors import InputError, OperationError
 
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 _PLAIN_BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
@@ -59,7 +60,7 @@ _NORMAL, _UNUSED, _CONTROL = (
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A byte-level BPE vocabulary as GGUF holds it."""
+    """A vocabulary as GGUF holds it: byte-level BPE, or SentencePiece where its pieces have scores."""
 
     tokens: list[str]
     types: list[int]
@@ -72,6 +73,46 @@ class Vocabulary:
     """What ends a turn of a conversation."""
     chat_template: str
     add_bos: bool = False
+    scores: list[float] | None = None
+
+
+def read_sentencepiece(path: Path, size: int) -> Vocabulary:
+    """Read a SentencePiece ``tokenizer.model`` for a network of `size` pieces; ids beyond its own are unused.
+
+    Its user-defined pieces are written as normal ones: llama.cpp would cut text at them before it looks for longer
+    pieces, and give other ids. One of several characters is then found only where merges lead to it.
+
+    Raises
+    ------
+    InputError
+        If it can't be read, or has more pieces than the network's vocabulary.
+    OperationError
+        If the package `sentencepiece` isn't installed.
+    """
+    try:
+        from sentencepiece import SentencePieceProcessor
+    except ImportError:
+        raise OperationError(f"{path}: reading it takes the package sentencepiece: pip install sentencepiece") from None
+    try:
+        model = SentencePieceProcessor(model_file=str(path))
+    except (OSError, RuntimeError, TypeError) as error:
+        raise InputError(f"{path}: cannot be read as a SentencePiece model: {error}") from None
+    pieces = len(model)
+    if pieces > size:
+        raise InputError(f"{path}: the tokenizer has {pieces} pieces and the network's vocabulary {size}")
+    tokens = [model.id_to_piece(index) for index in range(pieces)] + [f"[PAD{index}]" for index in range(pieces, size)]
+    types = [_sentencepiece_type(model, index) for index in range(pieces)] + [_UNUSED] * (size - pieces)
+    scores = [model.get_score(index) for index in range(pieces)] + [0.0] * (size - pieces)
+    bos, eos = max(model.bos_id(), 0), max(model.eos_id(), 0)
+    return Vocabulary(tokens, types, [], "default", bos, eos, None, CHATML, scores=scores)
+
+
+def _sentencepiece_type(model: Any, index: int) -> int:
+    if model.is_control(index):
+        return _CONTROL
+    if model.is_unknown(index):
+        return int(gguf.TokenType.UNKNOWN)
+    return int(gguf.TokenType.BYTE) if model.is_byte(index) else _NORMAL
 
 
 def read_vocabulary(path: Path, size: int) -> Vocabulary:

@@ -38,7 +38,8 @@ def activation_bytes(model: ModelSpec, seq_len: int) -> int:
 def micro_batch(spec: RunSpec, layout: Layout | None = None) -> int:
     """Sequences per forward pass: what the spec states, else the largest divisor of a process's share that fits.
 
-    The processes of a layout share this machine's memory; state is counted once for each copy of the weights.
+    A pipeline's stages are kept at work: they get a micro batch each, or rounds of that. The processes of a layout
+    share this machine's memory; state is counted once for each copy of the weights.
 
     Raises
     ------
@@ -57,4 +58,8 @@ def micro_batch(spec: RunSpec, layout: Layout | None = None) -> int:
     room = max(0, memory.available - state) * _MEMORY_SHARE / layout.processes
     fitting = min(CPU_TOKENS // spec.train.seq_len, int(room // activation_bytes(spec.model, spec.train.seq_len)))
     whole = spec.train.global_batch // layout.data
-    return max(size for size in range(1, whole + 1) if whole % size == 0 and size <= max(1, fitting))
+    return max(
+        size
+        for size in range(1, whole + 1)
+        if whole % size == 0 and size <= max(1, fitting) and layout.fills_pipeline(whole // size)
+    )

@@ -13,9 +13,9 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from modelworks.model.decoder import Decoder
+from modelworks.train.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 THREAD_FLOPS = 1e11
@@ -53,31 +53,36 @@ def wanted(stated: bool | Literal["auto"], device: torch.device, flop: float, ma
     return stated
 
 
-def try_compile(decoder: Decoder, loss: Callable[[], Tensor]) -> bool:
+def try_compile(decoder: Decoder, backward: Callable[[], object], ranks: Ranks | None = None) -> bool:
     """Compile the blocks in place and prove it with one forward and backward pass.
 
     Parameters
     ----------
     decoder
         The network; it works as before where compilation fails.
-    loss
-        Computes a loss through the network; its gradients are thrown away.
+    backward
+        Makes the passes through the network; the gradients are thrown away.
+    ranks
+        The processes that do so together: all go on without where it fails on one.
 
     Returns
     -------
     bool
         Whether the blocks are compiled now.
     """
+    compiled = True
     try:
         for block in decoder.blocks:
             block.compile(dynamic=False)
-        loss().backward()  # type: ignore[no-untyped-call]
+        backward()
     except Exception as error:  # noqa: BLE001 - a compiler may fail in any way, and none of them is the run's end
         reason = str(error).split("\n\n")[0].replace("\n", " ")  # what follows the first paragraph is advice
         logger.warning("torch.compile failed (%s); going on without", reason or type(error).__name__)
+        compiled = False
+    finally:
+        decoder.zero_grad(set_to_none=True)
+    if (ranks or Ranks()).largest(int(not compiled)):
         for block in decoder.blocks:
             block._compiled_call_impl = None
         return False
-    finally:
-        decoder.zero_grad(set_to_none=True)
     return True

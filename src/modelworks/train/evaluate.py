@@ -48,7 +48,7 @@ class Validation:
         Parameters
         ----------
         cross_entropy
-            From sequences (B, T + 1) of tokens to the mean nats per predicted token.
+            From sequences (B, T + 1) of tokens to the mean nats per predicted token, or a stage's summand of that.
 
         Returns
         -------
@@ -66,5 +66,5 @@ class Validation:
             size = min(self._batch, max(0, self.count - begin))
             sequences = self._data.sequences("validation", begin if size else 0, max(1, size), self._seq_len, 0)
             nats += cross_entropy(torch.from_numpy(sequences)) * size
-        total = float(self._parallel.ranks.mean(nats)) * ranks
+        total = float(self._parallel.mean(nats)) * ranks
         return total / self.count / math.log(2) * self._tokens_per_byte

@@ -2,15 +2,20 @@
 
 The processes form a grid of ``pipeline x data x context x tensor``, the last changing fastest, so that those which
 exchange most stand next to each other. Within the data-parallel ranks, weights are split over ``shard`` of them and
-repeated over the others (HSDP, where that is more than one copy).
+repeated over the others (HSDP, where that is more than one copy). The layers are dealt in chunks to the pipeline's
+stages as the planner deals them, `virtual_stages` chunks to each.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
+from typing import Any, Literal
 
 from modelworks.spec.errors import InputError
 from modelworks.spec.run import RunSpec
+
+Schedule = Literal["1f1b", "interleaved", "zero-bubble"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,9 @@ class Layout:
     expert: int = 1
     expert_tensor: int = 1
     zero_stage: int = 1
+    virtual_stages: int = 1
+    """Chunks of layers that each stage of the pipeline has."""
+    schedule: Schedule = "1f1b"
 
     @property
     def processes(self) -> int:
@@ -41,6 +49,7 @@ class Layout:
         """The degrees above one, in words."""
         degrees = {
             "pipeline": self.pipeline,
+            "virtual stages": self.virtual_stages,
             "replicas": self.replicas,
             "shards": self.shard,
             "context": self.context,
@@ -48,6 +57,11 @@ class Layout:
             "expert": self.expert,
         }
         return ", ".join(f"{name} {degree}" for name, degree in degrees.items() if degree > 1) or "one process"
+
+    def fills_pipeline(self, micro_batches: int) -> bool:
+        """Whether so many micro batches keep every stage at work: one for each, or whole rounds of that."""
+        rest = 0 if self.schedule == "1f1b" else micro_batches % self.pipeline
+        return micro_batches >= self.pipeline and rest == 0
 
 
 def layout(spec: RunSpec, processes: int) -> Layout:
@@ -81,9 +95,35 @@ def layout(spec: RunSpec, processes: int) -> Layout:
             f"{spec.train.global_batch // data}, each one's share of train.global_batch, is"
         )
     _refuse_what_does_not_divide(spec, data)
-    one = {name: 1 if (degree := getattr(parallel, name)) == "auto" else degree for name in _WITHOUT_REST}
+    one: dict[str, Any] = {
+        name: 1 if (degree := getattr(parallel, name)) == "auto" else degree for name in _WITHOUT_REST
+    }
     zero_stage = 1 if parallel.zero_stage == "auto" else parallel.zero_stage
-    return Layout(data=data, shard=shard, zero_stage=zero_stage, **one)
+    resolved = Layout(data=data, shard=shard, zero_stage=zero_stage, **one, **_pipelined(spec))
+    _refuse_idle_stages(spec, resolved)
+    return resolved
+
+
+def deal_layers(layers: int, pipeline: int, virtual_stages: int = 1) -> list[range]:
+    """Which layers each chunk of a pipeline has; chunk c belongs to stage ``c % pipeline``.
+
+    Chunks are equal but for what is short of a multiple. Half of that is taken from the first stage, which embeds, and
+    the rest from the last one, which has the head; inner stages give what these can't. So does the planner deal them.
+    """
+    chunks = pipeline * virtual_stages
+    size = -(-layers // chunks)
+    short = chunks * size - layers
+    first, last = range(0, chunks, pipeline), range(chunks - 1, -1, -pipeline)
+    inner = [chunk for chunk in range(chunks) if chunk not in first and chunk not in last]
+    sizes = [size] * chunks
+    # No chunk gives its last layer.
+    of_first = (list(first) * (size - 1))[: short // 2]
+    of_last = (list(last) * (size - 1))[: short - len(of_first)]
+    of_inner = (inner * (size - 1))[: short - len(of_first) - len(of_last)]
+    for chunk in of_first + of_last + of_inner:
+        sizes[chunk] -= 1
+    ends = list(itertools.accumulate(sizes))
+    return [range(end - size, end) for size, end in zip(sizes, ends, strict=True)]
 
 
 _WITHOUT_REST = ("tensor", "pipeline", "context", "expert", "expert_tensor")
@@ -104,6 +144,38 @@ def _shard(spec: RunSpec, data: int) -> int:
     if data % shard:
         raise InputError(f"parallel.shard = {shard} is not accepted: a divisor of the data-parallel degree {data} is")
     return shard
+
+
+def _pipelined(spec: RunSpec) -> dict[str, Any]:
+    """The schedule and its chunks: as stated, else 1F1B, interleaved where a stage has several chunks."""
+    parallel, pipeline = spec.parallel, 1 if spec.parallel.pipeline == "auto" else spec.parallel.pipeline
+    if pipeline == 1:
+        return {}
+    schedule, virtual = parallel.schedule, parallel.virtual_stages
+    if virtual == "auto":
+        virtual = 2 if schedule == "interleaved" else 1
+    if pipeline * virtual > spec.model.layers:
+        raise InputError(
+            f"parallel.schedule = {schedule!r} is not accepted with parallel.pipeline = {pipeline}: it takes "
+            f"{virtual} chunks of layers for each stage, and model.layers = {spec.model.layers}"
+        )
+    if schedule == "auto":
+        schedule = "interleaved" if virtual > 1 else "1f1b"
+    return {"virtual_stages": virtual, "schedule": schedule}
+
+
+def _refuse_idle_stages(spec: RunSpec, one: Layout) -> None:
+    """Refuse a global batch whose micro batches can't keep a pipeline's stages at work."""
+    if one.pipeline == 1:
+        return
+    share, micro = spec.train.global_batch // one.data, spec.train.micro_batch
+    if not one.fills_pipeline(share if micro == "auto" else share // micro):
+        made = f"{share} micro batches at most" if micro == "auto" else f"{share // micro} micro batches"
+        accepted = f"{one.pipeline} or more" if one.schedule == "1f1b" else f"a multiple of {one.pipeline}"
+        raise InputError(
+            f"train.global_batch = {spec.train.global_batch} is not accepted with parallel.pipeline = {one.pipeline} "
+            f"(schedule {one.schedule}): it makes {made} on each of {one.data} data-parallel ranks; {accepted} is"
+        )
 
 
 def _refuse_what_does_not_divide(spec: RunSpec, data: int) -> None:

@@ -33,7 +33,7 @@ from modelworks.train import schedule
 from modelworks.train.batching import micro_batch
 from modelworks.train.compiling import try_compile, wanted
 from modelworks.train.evaluate import Validation
-from modelworks.train.layout import layout
+from modelworks.train.layout import Layout, layout
 from modelworks.train.machine import peak_flops
 from modelworks.train.metrics import MetricsLog, NoMetrics
 from modelworks.train.optimizers import Optimizers
@@ -104,19 +104,22 @@ def refuse_unsupported(spec: RunSpec, processes: int) -> None:
             f"cluster.gpus = {spec.cluster.gpus} is not accepted: this run is trained by {processes} processes, one "
             "for each"
         )
-    degrees = layout(spec, processes)
-    if degrees.pipeline != 1:
-        raise InputError(f"parallel.pipeline = {degrees.pipeline} is not accepted: train has no pipeline yet: 1 is")
-    if spec.train.compile is True and processes > 1:
-        # Compiled blocks between collectives are known to have given wrong gradients without a word.
-        raise InputError(
-            f"train.compile = true is not accepted on {processes} processes ({degrees.describe()}): auto is"
-        )
+    one = layout(spec, processes)
+    if spec.train.compile is True and (reason := _not_compiled(spec, one)):
+        raise InputError(f"train.compile = true is not accepted with {reason}: auto is")
+
+
+def _not_compiled(spec: RunSpec, one: Layout) -> str | None:
+    """Why the blocks of a run on several processes are not compiled, in words that follow "with"."""
+    for name in ("tensor", "context", "expert"):
+        if (degree := getattr(one, name)) > 1:
+            # Compiled blocks with exchanges in them are known to have given wrong gradients without a word.
+            return f"parallel.{name} = {degree}, whose exchanges within a block are not compiled"
+    if one.schedule == "zero-bubble":
+        return "parallel.schedule = 'zero-bubble', which splits a backward pass that compilation joins"
     if spec.parallel.recompute in ("selective", "projections"):
-        raise InputError(
-            f"parallel.recompute = {spec.parallel.recompute!r} is not accepted: attention's scores are never kept; "
-            "none or full is"
-        )
+        return f"parallel.recompute = {spec.parallel.recompute!r}, which looks at each product by itself"
+    return None
 
 
 class Trainer:
@@ -143,7 +146,7 @@ class Trainer:
         torch.manual_seed(self.train_spec.seed)
         self.decoder = Decoder(self.spec.model)
         self.decoder.initialize(self.train_spec.seed)
-        self.parallel.apply(self.decoder, recompute=self.spec.parallel.recompute == "full")
+        self.parallel.apply(self.decoder, self.spec.parallel, self.precision.autocast)
         self.optimizers = Optimizers(self.decoder, self.train_spec, self.precision.dtype, self.parallel.whole)
         self.last_checkpoint = self._resume() if session.resume else None
         self.log = self._open_log()
@@ -189,7 +192,8 @@ class Trainer:
         factor = schedule.factor(spec, schedule.progress(spec, self.step + 1, self.elapsed_s))
         begin, count = self.parallel.share(spec.global_batch)
         sequences = self.data.sequences("train", self.step * spec.global_batch + begin, count, spec.seq_len, spec.seed)
-        total, cross_entropy, load_balance, router_z, loads = self._gradients(torch.from_numpy(sequences))
+        losses = self._gradients(torch.from_numpy(sequences))
+        total = float(self._weighted(losses))
         self.parallel.finish_gradients()
         norm = self.parallel.clip(self.decoder, spec.clip or math.inf)
         if not math.isfinite(total) or not math.isfinite(norm):
@@ -205,34 +209,24 @@ class Trainer:
             "step": self.step,
             "tokens": self.step * spec.tokens_per_step,
             "loss": total,
-            "cross_entropy": cross_entropy,
-            "load_balance_loss": load_balance,
-            "router_z_loss": router_z,
+            "cross_entropy": float(losses.cross_entropy),
+            "load_balance_loss": float(losses.load_balance),
+            "router_z_loss": float(losses.router_z),
             "learning_rate": spec.learning_rate * factor,
             "grad_norm": norm,
-            "expert_load": loads,
+            "expert_load": _largest_loads(losses.expert_load),
         }
 
-    def _gradients(self, sequences: Tensor) -> tuple[float, float, float, float, list[float]]:
-        """Add up the gradients of this process's sequences (B, T + 1).
-
-        Returns
-        -------
-        tuple
-            Of the whole global batch: the loss, its three parts, and the fullest experts' loads.
-        """
+    def _gradients(self, sequences: Tensor) -> Losses:
+        """Add up the gradients of this process's sequences (B, T + 1); returns the losses of the whole global batch."""
         batches = torch.split(sequences, self.micro_batch)
-        figures: list[Tensor] = []
-        for place, batch in enumerate(batches, start=1):
-            with self.parallel.micro_batch(last=place == len(batches)):
-                losses = self._losses(batch)
-                loss = self._weighted(losses) / len(batches)
-                loss.backward()  # type: ignore[no-untyped-call]
-            of_batch = torch.stack([loss.detach() * len(batches), *(part.detach() for part in losses[:3])])
-            figures.append(torch.cat((of_batch.double(), losses.expert_load.detach().double().flatten())))
-        mean = self.ranks.mean(torch.stack(figures).mean(0))
-        total, cross_entropy, load_balance, router_z = mean[:4].tolist()
-        return total, cross_entropy, load_balance, router_z, _largest_loads(mean[4:].view_as(losses.expert_load))
+        found = self.parallel.backward(batches, self._losses, self._weighted)
+        figures = [
+            torch.cat((torch.stack(losses[:3]).double(), losses.expert_load.double().flatten())) for losses in found
+        ]
+        mean = self.parallel.mean(torch.stack(figures).mean(0))
+        cross_entropy, load_balance, router_z = mean[:3]
+        return Losses(cross_entropy, load_balance, router_z, mean[3:].view_as(found[0].expert_load))
 
     def _losses(self, sequences: Tensor) -> Losses:
         """The losses of sequences (B, T + 1)."""
@@ -373,11 +367,15 @@ class Trainer:
 
     def _compile(self) -> None:
         spec, flop = self.train_spec, self._flop_per_token * self.train_spec.steps * self.train_spec.tokens_per_step
-        if wanted(spec.compile, torch.device("cpu"), flop, spec.max_time):
+        to_compile = wanted(spec.compile, torch.device("cpu"), flop, spec.max_time)
+        if self.ranks.of_first(to_compile) and _not_compiled(self.spec, self.parallel.layout) is None:
             self.session.report(message="compiling the network")
             self.view.show(self.session.status)
-            probe = self.data.sequences("train", 0, self.micro_batch, self.train_spec.seq_len, self.train_spec.seed)
-            try_compile(self.decoder, lambda: self._weighted(self._losses(torch.from_numpy(probe))))
+            pipelined = self.parallel.layout.pipeline > 1  # its micro batches pass through together
+            count = self.parallel.share(spec.global_batch)[1] if pipelined else self.micro_batch
+            probe = torch.from_numpy(self.data.sequences("train", 0, count, spec.seq_len, spec.seed))
+            batches = torch.split(probe, self.micro_batch)
+            try_compile(self.decoder, lambda: self.parallel.backward(batches, self._losses, self._weighted), self.ranks)
 
     def _end(self, done: bool) -> TrainResult:
         received = None if done else self._stop()

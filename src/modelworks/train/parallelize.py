@@ -1,11 +1,13 @@
 """Applies a layout to a network from outside; the network's own file knows nothing of it.
 
-Two ideas. First every process keeps its part of what tensor, expert and context ranks share (`split_network`); then
-PyTorch's FSDP2 splits the parts over data and context ranks, a block at a time, at every ZeRO stage: 3 gathers a
-block's weights when they are needed, 2 keeps them gathered from the forward to the backward pass, 1 moreover adds up
-whole gradients over the micro batches and reduces them once, and 0 splits nothing and only averages gradients (DDP).
-What a checkpoint, an optimizer or a norm needs to know of a parameter is its place: the whole tensor that it is a part
-of, as a DTensor, which any other layout can read.
+Two ideas. First every process keeps its layers (`pipeline`) and of these its part of what tensor, expert and context
+ranks share (`split_network`); then PyTorch's FSDP2 splits the parts over data and context ranks, a block at a time, at
+every ZeRO stage: 3 gathers a block's weights when they are needed, 2 keeps them gathered from the forward to the
+backward pass, 1 moreover adds up whole gradients over the micro batches and reduces them once, and 0 splits nothing and
+only averages gradients (DDP). In a pipeline every stage adds up whole gradients, since micro batches are on their way
+forward and backward at once, and a zero-bubble schedule, which passes backward twice, keeps weights gathered. What a
+checkpoint, an optimizer or a norm needs to know of a parameter is its place: the whole tensor that it is a part of, as
+a DTensor, which any other layout can read.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -24,12 +26,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from modelworks.model.decoder import Decoder
+from modelworks.model.decoder import Decoder, Losses
 from modelworks.model.experts import MixtureOfExperts
+from modelworks.spec.run import ParallelSpec
 from modelworks.train.layout import Layout
+from modelworks.train.pipeline import Context, Pipeline
 from modelworks.train.ranks import Ranks
-from modelworks.train.recompute import recompute_blocks
-from modelworks.train.split_network import Groups, split, split_dimension
+from modelworks.train.recompute import recompute_activations
+from modelworks.train.split_network import Groups, SplitForward, split, split_dimension
 
 
 @dataclass(frozen=True)
@@ -70,11 +74,13 @@ class Parallel:
     def __init__(self, layout: Layout, ranks: Ranks) -> None:
         self.layout, self.ranks = layout, ranks
         self.data_rank = ranks.rank // (layout.context * layout.tensor) % layout.data
+        self._pipeline: Pipeline | None = None
         self._root: FSDPModule | None = None
         self._places: dict[str, Place] = {}
         self._summed: list[tuple[nn.Parameter, dist.ProcessGroup, float]] = []
         self._scaled: list[tuple[nn.Parameter, float]] = []
         self._routers: set[str] = set()
+        self._tied: nn.Parameter | None = None
         if layout.processes > 1:
             self._arrange()
 
@@ -104,21 +110,30 @@ class Parallel:
             experts_in_tensor=in_tensor,
         )
 
-    def apply(self, decoder: Decoder, recompute: bool = False) -> None:
+    def apply(
+        self, decoder: Decoder, spec: ParallelSpec | None = None, autocast: Context = contextlib.nullcontext
+    ) -> None:
         """Split a network over the processes, in place. Every process must hold the same weights.
 
-        With `recompute` its blocks keep nothing but their inputs.
+        Parameters
+        ----------
+        decoder
+            The network.
+        spec
+            Says what the backward pass computes again; nothing if unset.
+        autocast
+            The context of a forward pass, which a pipeline enters by itself.
         """
-        if self.layout.processes == 1:
-            if recompute:
-                recompute_blocks(decoder)
-            return
         shapes = {name: parameter.shape for name, parameter in decoder.named_parameters()}
         one = self.layout
-        if one.tensor * one.context * one.expert > 1:
+        if one.pipeline > 1:
+            self._pipeline = Pipeline(decoder, one, self._groups, self._mesh["pipeline"].get_group(), autocast)
+        if one.tensor * one.context * one.expert * one.pipeline > 1:
             split(decoder, self._groups)
-        if recompute:
-            recompute_blocks(decoder)
+            decoder.forward = self._pipeline or SplitForward(decoder, self._groups)  # type: ignore[method-assign, assignment]
+        recompute_activations(decoder, spec or ParallelSpec())
+        if one.processes == 1:
+            return
         self._shard(decoder)
         for name, parameter in decoder.named_parameters():
             self._places[name] = self._place(name, parameter, shapes[name])
@@ -127,10 +142,13 @@ class Parallel:
                 of_experts = _is_of_experts(name) and not self._groups.experts_in_tensor
                 if "tensor" not in split_dimension(name, self._groups) and not of_experts and name not in self._routers:
                     self._summed.append((parameter, self._groups.tensor, 1.0))
+        if self._pipeline is not None and self._pipeline.twin is not None:
+            self._tied = cast(nn.Parameter, decoder.embed.weight)
 
     def _shard(self, decoder: Decoder) -> None:
         """Split over data and context ranks."""
-        one, until_backward = self.layout, self.layout.zero_stage < 3
+        one = self.layout
+        until_backward = one.zero_stage < 3 or one.schedule == "zero-bubble"
         count = one.data * one.context
         apart = one.expert > 1 or (one.tensor > 1 and not self._groups.experts_in_tensor)
         if count == 1 and not (apart and decoder.spec.moe is not None):
@@ -138,7 +156,7 @@ class Parallel:
         mesh = self._data_mesh(self._mesh)
         # Nothing is done in place to what a block or its experts return.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-        for number, block in enumerate(decoder.blocks):
+        for number, block in decoder.blocks.named_children():
             if apart and hasattr(block, "moe"):
                 # Experts are on fewer data ranks than the rest. Their router, which is small, stays whole beside them.
                 moe = cast(MixtureOfExperts, block.moe)
@@ -150,11 +168,14 @@ class Parallel:
                 self._routers.add(f"blocks.{number}.moe.router.weight")
                 self._summed.append((router, self._stage, 1.0 / count))
             fully_shard(block, mesh=mesh, reshard_after_forward=not until_backward)
-        self._root = fully_shard(decoder, mesh=mesh, reshard_after_forward=False)
-        # gloo has no averaging reduction; FSDP then divides the sum itself.
-        for module in decoder.modules():
-            if isinstance(module, FSDPModule):
-                module.set_force_sum_reduction_for_comms(True)
+        roots: Sequence[nn.Module] = [decoder] if self._pipeline is None else self._pipeline.stages
+        for root in roots:
+            fully_shard(root, mesh=mesh, reshard_after_forward=False)
+            # gloo has no averaging reduction; FSDP then divides the sum itself.
+            for module in root.modules():
+                if isinstance(module, FSDPModule):
+                    module.set_force_sum_reduction_for_comms(True)
+        self._root = cast(FSDPModule, decoder) if self._pipeline is None else None
 
     def _data_mesh(self, mesh: DeviceMesh) -> DeviceMesh:
         """The dimensions of a grid over which FSDP splits and repeats."""
@@ -183,15 +204,49 @@ class Parallel:
         each = count // self.layout.data
         return self.data_rank * each, each
 
-    @contextlib.contextmanager
-    def micro_batch(self, last: bool) -> Iterator[None]:
-        """Around the forward and backward pass of a micro batch: what of the gradients' exchange waits for the last."""
+    def backward(
+        self,
+        batches: Sequence[Tensor],
+        losses_of: Callable[[Tensor], Losses],
+        objective: Callable[[Losses], Tensor],
+    ) -> list[Losses]:
+        """Forward and backward pass of micro batches (B, T + 1), whose gradients are added up.
+
+        Parameters
+        ----------
+        batches
+            This process's share.
+        losses_of
+            A forward pass of the network that `apply` has split.
+        objective
+            From the losses, linearly, to what is minimised.
+
+        Returns
+        -------
+        list of Losses
+            Of each micro batch: what this process knows of the losses, of which `mean` makes those of all.
+        """
+        if self._pipeline is not None:
+            return self._pipeline.backward(batches, objective)
+        found = []
+        for place, batch in enumerate(batches, start=1):
+            self._exchange_gradients(last=place == len(batches))
+            losses = losses_of(batch)
+            (objective(losses) / len(batches)).backward()  # type: ignore[no-untyped-call]
+            found.append(Losses(*(part.detach() for part in losses)))
+        return found
+
+    def _exchange_gradients(self, last: bool) -> None:
+        """Before a micro batch: what of the gradients' exchange waits for the last one."""
         if self._root is not None and self.layout.zero_stage < 3:
             if self.layout.zero_stage < 2:
                 self._root.set_requires_gradient_sync(last)
             self._root.set_is_last_backward(last)
             self._root.set_reshard_after_backward(last)
-        yield
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over all processes of what each knows, in its place; the stages of a pipeline know summands."""
+        return self.ranks.sum(values).div_(self.layout.processes // self.layout.pipeline)
 
     def finish_gradients(self) -> None:
         """Add up, after the last backward pass, the gradients of what several processes hold whole."""
@@ -208,6 +263,9 @@ class Parallel:
             parts = torch.split(together, [gradient.numel() for gradient, _ in gradients])
             for (gradient, _), total in zip(gradients, parts, strict=True):
                 gradient.copy_(total.view_as(gradient))
+        if self._pipeline is not None and self._tied is not None:
+            assert self._tied.grad is not None
+            self._pipeline.add_up(local(self._tied.grad))
 
     def clip(self, network: nn.Module, largest: float) -> float:
         """Scale all gradients so that their norm over the whole network is at most `largest`, and return that norm.
@@ -219,7 +277,8 @@ class Parallel:
         for name, parameter in network.named_parameters():
             if parameter.grad is not None:
                 parts = self._places[name].parts if name in self._places else 1
-                copies = self.layout.processes // self.layout.pipeline // parts
+                stages = 2 if parameter is self._tied else 1
+                copies = stages * self.layout.processes // self.layout.pipeline // parts
                 groups.setdefault(copies, []).append(local(parameter.grad))
         squares = [
             torch.nn.utils.get_total_norm(gradients).double().square() / copies for copies, gradients in groups.items()

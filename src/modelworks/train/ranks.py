@@ -52,10 +52,6 @@ class Ranks:
         """The sum over all processes, in their place."""
         return values if self.world == 1 else self._reduced(values, dist.ReduceOp.SUM)
 
-    def mean(self, values: Tensor) -> Tensor:
-        """The mean over all processes, in their place."""
-        return self.sum(values).div_(self.world) if self.world > 1 else values
-
     def close(self) -> None:
         """Leave the group; waits for nobody."""
         if self.world > 1 and dist.is_initialized():

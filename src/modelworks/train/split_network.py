@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from modelworks.model.attention import rotary_tables
+from modelworks.model.attention import Attention, Rotary, rotary_tables
 from modelworks.model.decoder import Block, Decoder, Losses
 from modelworks.model.experts import (
     MixtureOfExperts,
@@ -80,11 +80,13 @@ def split(decoder: Decoder, groups: Groups) -> None:
             setattr(decoder.get_submodule(owner), kind, nn.Parameter(part.clone()))
     for block in cast(Iterable[Block], decoder.blocks):
         _between_collectives(block.attn, block.attn.wo, groups.tensor)
+        if groups.context.size() > 1:
+            _attend_in_chunks(block.attn, groups.context)
         if hasattr(block, "moe"):
             block.moe.forward = _Mixture(block.moe, groups)  # type: ignore[method-assign]
         else:
             _between_collectives(block.mlp, block.mlp.down, groups.tensor)
-    decoder.forward = _Forward(decoder, groups)  # type: ignore[method-assign, assignment]
+    decoder.forward = SplitForward(decoder, groups)  # type: ignore[method-assign, assignment]
 
 
 def _between_collectives(part: nn.Module, last: nn.Linear, group: ProcessGroup) -> None:
@@ -102,62 +104,102 @@ def _between_collectives(part: nn.Module, last: nn.Linear, group: ProcessGroup) 
     last.forward = lambda x: F.linear(x, last.weight)  # type: ignore[method-assign, assignment]
 
 
-class _Forward:
-    """The decoder's forward pass on this process's positions, with targets."""
+class SplitForward:
+    """The decoder's forward pass on this process's positions, with targets; whole, or the parts that a stage has."""
 
     def __init__(self, decoder: Decoder, groups: Groups) -> None:
         self._decoder, self._groups = decoder, groups
 
     def __call__(self, tokens: Tensor, targets: Tensor) -> Losses:
         """The losses of sequences (B, T), the same on all tensor ranks; a context rank's are those of its positions."""
-        decoder, groups, spec = self._decoder, self._groups, self._decoder.spec
-        length = tokens.shape[1] // groups.context.size()
-        start = groups.context.rank() * length
-        tokens, targets = (x[:, start : start + length] for x in (tokens, targets))
-        x = self._embed(tokens) * spec.embedding_multiplier  # (B, T / positions, H)
-        rotary = rotary_tables(spec, start, length, tokens.device)
-        cache: Any = _GatheredKeys(groups.context) if groups.context.size() > 1 else None
+        x, reports = self.layers(self._decoder.blocks, self.embed(tokens), tokens.shape[1])
+        return Losses(self.cross_entropy(x, targets), *_means(reports, x))
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """The residual stream (B, T / positions, H) before the first layer; each tensor rank knows some tokens."""
+        tokens, group = of_rank(tokens, 1, self._groups.context), self._groups.tensor
+        weight = self._decoder.embed.weight
+        if group.size() == 1:
+            return F.embedding(tokens, weight) * self._decoder.spec.embedding_multiplier
+        local = tokens - group.rank() * len(weight)
+        here = (local >= 0) & (local < len(weight))
+        # Zeros for what another process knows, which adds to them.
+        rows = F.embedding(local.where(here, 0), weight) * here.unsqueeze(-1)
+        return scatter_sum(rows, 1, group) * self._decoder.spec.embedding_multiplier
+
+    def layers(self, blocks: Iterable[nn.Module], x: Tensor, seq_len: int) -> tuple[Tensor, list[RouterReport]]:
+        """The residual stream after some layers, and their routers' reports on sequences of `seq_len` tokens."""
+        whole = rotary_tables(self._decoder.spec, 0, seq_len, x.device)
+        rotary = Rotary(*(of_rank(table, 0, self._groups.context) for table in whole))
+        cache: Any = _GatheredKeys(self._groups.context) if self._groups.context.size() > 1 else None
         reports = []
-        for block in decoder.blocks:
+        for block in blocks:
             x, report = block(x, rotary, cache)
             if report is not None:
                 reports.append(report)
-        hidden = gather(decoder.final_norm(x), 1, groups.tensor)
-        return Losses(self._cross_entropy(hidden, targets), *_means(reports, hidden))
+        return x, reports
 
-    def _embed(self, tokens: Tensor) -> Tensor:
-        """The rows of one's part of the vocabulary; zeros elsewhere, which another process adds to."""
-        weight, group = self._decoder.embed.weight, self._groups.tensor
-        if group.size() == 1:
-            return F.embedding(tokens, weight)
-        local = tokens - group.rank() * len(weight)
-        here = (local >= 0) & (local < len(weight))
-        rows = F.embedding(local.where(here, 0), weight) * here.unsqueeze(-1)
-        return scatter_sum(rows, 1, group)
-
-    def _cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
+    def cross_entropy(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy of the targets (B, T) from the residual stream after the last layer."""
         spec, group = self._decoder.spec, self._groups.tensor
+        hidden = gather(self._decoder.final_norm(x), 1, group)
         states, weight = to_compute_dtype(hidden.flatten(0, 1)), to_compute_dtype(self._decoder.output_weight)
-        scaling = (spec.output_multiplier, spec.output_softcap)
-        if group.size() == 1:
-            return chunked_cross_entropy(states, weight, targets.flatten(), *scaling)
-        loss: Tensor = _SplitCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            states, weight, targets.flatten(), *scaling, group
+        targets, scaling = (
+            of_rank(targets, 1, self._groups.context).flatten(),
+            (spec.output_multiplier, spec.output_softcap),
         )
+        if group.size() == 1:
+            return chunked_cross_entropy(states, weight, targets, *scaling)
+        loss: Tensor = _SplitCrossEntropy.apply(states, weight, targets, *scaling, group)  # type: ignore[no-untyped-call]
         return loss
 
 
+def of_rank(whole: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+    """A context rank's positions of a whole sequence's along `dim`: of 2 c equal chunks, chunk r and chunk 2 c - 1 - r.
+
+    Under a causal mask late positions attend to more keys than early ones; so every rank has as much to do (Llama 3,
+    arXiv:2407.21783, section 3.3.2).
+    """
+    if group.size() == 1:
+        return whole
+    chunks = whole.chunk(2 * group.size(), dim)
+    return torch.cat((chunks[group.rank()], chunks[-1 - group.rank()]), dim)
+
+
+def in_order(parts: Tensor, dim: int, ranks: int) -> Tensor:
+    """What `of_rank` gave each of the ranks, one after another, as the whole sequence."""
+    chunks = parts.chunk(2 * ranks, dim)
+    return torch.cat((*chunks[::2], *chunks[::-2]), dim)
+
+
+def _attend_in_chunks(attention: Attention, group: ProcessGroup) -> None:
+    """Let each of a context rank's two chunks attend to the keys up to its own end."""
+    attend = attention.attend
+
+    def in_chunks(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """From one's queries (B, heads, T / c, D) and all keys and values (B, KV, T, D)."""
+        length = keys.shape[2] // (2 * group.size())
+        ends = ((group.rank() + 1) * length, keys.shape[2] - group.rank() * length)
+        attended = [
+            attend(chunk, keys[:, :, :end], values[:, :, :end])
+            for chunk, end in zip(queries.chunk(2, 2), ends, strict=True)
+        ]
+        return torch.cat(attended, 2)
+
+    attention.attend = in_chunks  # type: ignore[method-assign]
+
+
 class _GatheredKeys:
-    """Stands where attention expects a cache: the keys and values of all positions up to one's own, gathered."""
+    """Stands where attention expects a cache: the keys and values of all positions, gathered."""
 
     def __init__(self, group: ProcessGroup) -> None:
         self._group = group
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """All keys and values (B, KV, T, D) from the first position to this process's last."""
-        end = (self._group.rank() + 1) * keys.shape[2]
-        both = gather(torch.stack((keys, values)), 3, self._group)[:, :, :, :end]
-        return both[0], both[1]
+        """All keys and values (B, KV, T, D) in the order of their positions."""
+        gathered = gather(torch.stack((keys, values)), 3, self._group)
+        keys, values = in_order(gathered, 3, self._group.size()).unbind()
+        return keys, values
 
 
 class _Mixture:
