@@ -373,7 +373,9 @@ def _runs_show(run: RunName, as_json: JsonFlag = False) -> None:
         }
         print(json.dumps(shown | extra, indent=1))
     else:
-        console.print(panel(record.name, status, [row["loss"] for row in rows], console.width))
+        console.print(
+            panel(record.name, status, [row["loss"] for row in rows if row["loss"] is not None], console.width)
+        )
 
 
 @runs_app.command("watch")

@@ -11,6 +11,7 @@ import json
 import logging
 import signal
 import statistics
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,10 +24,11 @@ from modelworks.spec.run import RunSpec
 from modelworks.train.interrupt import Interrupt, Interrupted
 from modelworks.train.record import MetricsReader, RunRecord, Status
 from modelworks.train.session import RunSession, open_run
+from modelworks.train.watchdog import Watchdog, limit_s
 from modelworks.train.worker import FINAL_CODES
 
 if TYPE_CHECKING:
-    from modelworks.launch.elastic import Failure
+    from modelworks.launch.elastic import Failure, Processes
     from modelworks.launch.meeting import Meeting
     from modelworks.train.copies import Copies
     from modelworks.train.loop import TrainResult
@@ -165,9 +167,25 @@ def attend(
     spec, logs = record.spec(), record.folder / "processes"
     if meeting is not None:
         logs /= f"node-{meeting.place.node:05d}"
-    arguments = ["-m", "modelworks.train.worker", str(record.folder), *(["--resume"] if resume else [])]
     count = spec.cluster.gpus // (meeting.place.nodes if meeting is not None else 1)
-    work = Processes(arguments, count, logs, FINAL_CODES, lambda: _newest_step(record), meeting)
+    with tempfile.TemporaryDirectory(prefix="modelworks-pulse-") as pulses:
+        arguments = ["-m", "modelworks.train.worker", str(record.folder), "--pulse", pulses]
+        work = Processes(
+            [*arguments, "--resume"] if resume else arguments,
+            count,
+            logs,
+            FINAL_CODES,
+            lambda: _newest_step(record),
+            Watchdog(Path(pulses), count, limit_s(spec.guard.hang)),
+            meeting,
+        )
+        _until_it_ends(work, interrupt, look, meeting)
+    look()
+    return work.failure
+
+
+def _until_it_ends(work: Processes, interrupt: Interrupt, look: Callable[[], None], meeting: Meeting | None) -> None:
+    """Pass a signal on to the processes, and look after them, until there are none."""
     try:
         interrupt.graceful, passed_on = True, False
         while not work.wait(_LOOK_S):
@@ -183,8 +201,6 @@ def attend(
     finally:
         interrupt.graceful = False
         work.kill()
-    look()
-    return work.failure
 
 
 def _end_of(failure: Failure | None, status: Status) -> InputError | OperationError:

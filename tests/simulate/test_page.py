@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from modelworks.simulate.answers import answer
@@ -19,7 +21,8 @@ from modelworks.simulate.scenario import Scenario, scenario
 from modelworks.simulate.sweep import tornado
 from modelworks.simulate.top500 import beside
 from modelworks.simulate.trace import lines, write
-from modelworks.spec import loads_run
+from modelworks.simulate.trace import stream as read_stream
+from modelworks.spec import InputError, loads_run
 
 RUN = """
 name = "a <b> & c"
@@ -117,6 +120,25 @@ def test_the_trace_lists_every_failure_of_the_stream_in_order(resolved: Scenario
         assert all(0 <= node < 1024 for node in failure["nodes"])
         assert (len(failure["nodes"]) == 0) == (failure["scope"] in {"none", "cluster"})
     assert list(lines(resolved, stream, 0)) == read
+
+
+def test_a_trace_read_back_is_simulated_as_the_failures_that_were_written(resolved: Scenario) -> None:
+    drawn = first_stream(resolved, 20, 0)
+    # What a trace doesn't tell: which nodes are lemons, and how long each restart took.
+    plain = replace(drawn, relapse_s=np.full_like(drawn.relapse_s, np.inf), restart=np.ones_like(drawn.restart))
+    read = read_stream(list(lines(resolved, plain, 0))[1:], resolved)
+    expected, found = replay(resolved, plain).outcome, replay(resolved, read).outcome
+    assert found.ettr == pytest.approx(expected.ettr, abs=1e-6)
+    assert (found.interruptions == expected.interruptions).all()
+    assert found.reasons_s == pytest.approx(expected.reasons_s, abs=1.0)
+
+
+def test_a_trace_of_another_scenario_or_out_of_order_is_refused(resolved: Scenario) -> None:
+    known = resolved.causes[0].name
+    with pytest.raises(InputError, match="cause = 'meteor' is not accepted: one of "):
+        read_stream([{"time_s": 1.0, "cause": "meteor"}], resolved)
+    with pytest.raises(InputError, match="not in order"):
+        read_stream([{"time_s": 2.0, "cause": known}, {"time_s": 1.0, "cause": known}], resolved)
 
 
 def test_failed_nodes_are_shown_in_their_racks(resolved: Scenario) -> None:

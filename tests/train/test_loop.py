@@ -92,6 +92,17 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
     assert all(torch.equal(tensor, expected[name]) for name, tensor in _weights(parts, 40).items())
 
 
+def test_a_resumed_run_takes_up_the_random_numbers_where_they_were(make_spec: MakeSpec) -> None:
+    spec = make_spec(tokens=10 * 128)
+    _train(spec)
+    saved = {"random.torch": torch.zeros_like(torch.get_rng_state())}
+    checkpoint.load(RunRecord("tiny").checkpoints()[-1], saved)
+    with open_run(spec, resume=True) as session:
+        trainer = Trainer(session, NoView())
+        trainer.close()
+    assert torch.equal(torch.get_rng_state(), saved["random.torch"])
+
+
 def test_a_damaged_checkpoint_is_passed_over_and_the_run_ends_the_same(
     make_spec: MakeSpec, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -242,7 +253,9 @@ def test_time_used_up_by_a_checkpoint_still_ends_the_run_with_its_final_rate_and
 
     monkeypatch.setattr(checkpoint, "save", slowly)
     budget = {"max_time": 1.5, "validate_every": 0, "warmup_fraction": 0.0, "final_fraction": 0.25}
-    result = _train(make_spec(tokens=10_000_000, sections={"checkpoint": {"every_steps": 1}}, **budget))
+    result = _train(
+        make_spec(tokens=10_000_000, sections={"checkpoint": {"every_steps": 1, "asynchronous": False}}, **budget)
+    )
     rows = RunRecord("tiny").metrics()
     assert result.state == "finished"
     assert result.step <= 4

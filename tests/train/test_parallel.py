@@ -384,6 +384,7 @@ def train_on(ranks: Ranks, folder: Path, spec: RunSpec, resume: bool, steps: int
     trainer = Trainer(MemberSession(folder, spec, resume, ranks.first), NoView(), ranks)
     losses = [trainer.one_step()["loss"] for _ in range(steps)]
     trainer._save()
+    trainer.saving.finish()
     trainer.close()
     return losses
 

@@ -3,8 +3,9 @@
 The agents of several nodes meet (`launch.meeting`); what one of them starts again, all do. The agent runs in a thread
 of the process that asked for it, so that the processes are its children: they can be signalled by it, and they notice
 when it is gone. What ends a process decides what follows. A code that says "no attempt will do better" ends the run;
-anything else (killed, out of memory, lost its peers) starts all processes again, which take up the last checkpoint, as
-long as attempts get further than the ones before them.
+anything else (killed, out of memory, hung, lost its peers) starts all processes again, which take up the last
+checkpoint, as long as attempts get further than the ones before them. Once one has failed the others have nothing to
+wait for: they are given a moment for their last words and are then killed.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from subprocess import Popen, TimeoutExpired
+from typing import TYPE_CHECKING, Any, Protocol
 
 import psutil
 
@@ -37,10 +39,20 @@ _ATTEMPTS = 1_000_000
 _LOST_PEERS = 1
 """What a process ends with whose peers are gone (or that has a defect): no fault of its node."""
 _MONITOR_S = 0.2
-_SHUTDOWN_S = 5
+_LAST_WORDS_S = 2.0
 """How long a process whose peers are lost may take to end before it is killed."""
 _MEETING_S = 3.0
 """How long an agent that was told to end may take to notice; one that waits for other nodes never does."""
+
+
+class Watch(Protocol):
+    """What tells processes that hang from those that work."""
+
+    def started(self) -> None:
+        """The processes are about to be started, or started again."""
+
+    def hung(self) -> Mapping[int, str]:
+        """Those to be killed by number, with what is to be said of each."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +62,11 @@ class Failure:
     rank: int
     exit_code: int
     last_words: str
+    hung: bool = False
 
     def __str__(self) -> str:
+        if self.hung:
+            return f"process {self.rank} {self.last_words} and was killed"
         if self.exit_code < 0:
             return f"process {self.rank} was ended by {signal.Signals(-self.exit_code).name}"
         return f"process {self.rank} ended with code {self.exit_code}: {self.last_words}"
@@ -72,6 +87,8 @@ class Processes:
         Exit codes after which there is no other attempt.
     progress
         A number that grows as the work gets on.
+    watch
+        Finds the processes that hang, which are then killed.
     meeting
         Where they meet those of other nodes; they are alone without it.
 
@@ -88,6 +105,7 @@ class Processes:
         log_folder: Path,
         final_codes: Collection[int],
         progress: Callable[[], float],
+        watch: Watch | None = None,
         meeting: Meeting | None = None,
     ) -> None:
         from modelworks.launch.meeting import Meeting
@@ -97,7 +115,8 @@ class Processes:
         self._final_codes, self._progress = frozenset(final_codes), progress
         self._reached, self._futile, self._stopping = progress(), 0, False
         self._meeting = meeting or Meeting()
-        self._agent = _agent(list(arguments), count, log_folder, self, self._meeting)
+        ends = _Ends(log_folder, self._final_codes, watch)
+        self._agent = _agent(list(arguments), count, log_folder, ends, self, self._meeting)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="agent", daemon=True)
         self._thread.start()
@@ -161,21 +180,79 @@ class Processes:
         return True
 
 
+class _Ends:
+    """Looks after how the processes of one attempt end."""
+
+    def __init__(self, log_folder: Path, final_codes: Collection[int], watch: Watch | None) -> None:
+        self._log_folder, self._final_codes, self._watch = log_folder, final_codes, watch
+
+    def starting(self) -> None:
+        """The processes are about to be started."""
+        if self._watch is not None:
+            self._watch.started()
+
+    def look(self, processes: Mapping[int, Popen[bytes]]) -> Failure | None:
+        """Kill what hangs; if any process has failed, end them all and say which failure came before the others."""
+        hung: dict[int, str] = {}
+        if self._watch is not None and all(process.poll() is None for process in processes.values()):
+            hung.update(self._watch.hung())
+            for number in hung:
+                _kill(processes[number])
+        if not any(process.poll() for process in processes.values()):
+            return None
+        deadline = time.monotonic() + _LAST_WORDS_S
+        while time.monotonic() < deadline and any(process.poll() is None for process in processes.values()):
+            time.sleep(0.02)
+        codes = {number: code for number, process in processes.items() if (code := process.poll())}
+        for process in processes.values():
+            _kill(process)
+
+        def order(number: int) -> tuple[bool, bool, bool]:
+            return number not in hung, codes[number] not in self._final_codes, codes[number] == 1
+
+        first = min(codes, key=order)
+        if first in hung:
+            return Failure(first, codes[first], hung[first], hung=True)
+        return Failure(first, codes[first], self._last_words(first))
+
+    def _last_words(self, number: int) -> str:
+        logs = sorted(
+            self._log_folder.glob(f"*/attempt_*/{number}/stderr.log"), key=lambda path: path.stat().st_mtime_ns
+        )
+        lines = logs[-1].read_text(encoding="utf-8", errors="replace").split("\n") if logs else []
+        words = [line.strip() for line in lines if line.strip()]
+        return words[-1] if words else "it printed nothing"
+
+
 def _agent(
-    arguments: list[str], count: int, log_folder: Path, processes: Processes, meeting: Meeting
+    arguments: list[str], count: int, log_folder: Path, ends: _Ends, work: Processes, meeting: Meeting
 ) -> LocalElasticAgent:
-    """torchrun's agent for one node, which asks `processes` before it starts them again."""
+    """torchrun's agent for one node, which asks `work` before it starts the processes again."""
     from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+    from torch.distributed.elastic.multiprocessing.api import SubprocessContext
     from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousError
 
     handler = meeting.handler()
 
     class Agent(LocalElasticAgent):
+        def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+            if work.stopping:
+                raise RendezvousClosedError("the processes were told to end before they were started")
+            ends.starting()
+            started: dict[int, Any] = super()._start_workers(worker_group)
+            return started
+
         def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+            context = self._pcontext
+            assert isinstance(context, SubprocessContext)
+            processes = {number: started.proc for number, started in context.subprocess_handlers.items()}
+            failure = ends.look(processes)
+            if failure is None and any(process.poll() is None for process in processes.values()):
+                return RunResult(state=WorkerState.HEALTHY)
             result: RunResult = super()._monitor_workers(worker_group)
-            if result.state == WorkerState.FAILED and not processes.goes_on_after(_first_failure(result, log_folder)):
+            if failure is not None and not work.goes_on_after(failure):
                 self._remaining_restarts = 0
                 with contextlib.suppress(RendezvousError):
                     handler.set_closed()  # no other node is to wait for this one
@@ -185,12 +262,6 @@ def _agent(
             super()._rendezvous(worker_group)
             # A restart's number is the round's, and so the same on all nodes.
             self._remaining_restarts = _ATTEMPTS - handler.round
-
-        def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
-            if processes.stopping:
-                raise RendezvousClosedError("the processes were told to end before they were started")
-            started: dict[int, Any] = super()._start_workers(worker_group)
-            return started
 
     # The agent's own words are for its developers.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
@@ -204,17 +275,16 @@ def _agent(
         monitor_interval=_MONITOR_S,
     )
     logs = DefaultLogsSpecs(str(log_folder), redirects=Std.ALL, tee={0: Std.ERR})
-    return Agent(spec, logs, shutdown_timeout=_SHUTDOWN_S)
+    return Agent(spec, logs)
 
 
-def _first_failure(result: Any, log_folder: Path) -> Failure:
-    """The failure that came before the others, which may only have lost their peer: a final code or a signal first."""
-    failures = sorted(result.failures.values(), key=lambda failure: (failure.exitcode == 1, failure.timestamp))
-    first = failures[0]
-    logs = sorted(log_folder.glob(f"*/attempt_*/{first.local_rank}/stderr.log"), key=lambda path: path.stat().st_mtime)
-    lines = logs[-1].read_text(encoding="utf-8", errors="replace").split("\n") if logs else []
-    words = [line.strip() for line in lines if line.strip()]
-    return Failure(first.local_rank, first.exitcode, words[-1] if words else "it printed nothing")
+def _kill(process: Popen[bytes]) -> None:
+    """End a process, which leads a group of its own, and wait until it has."""
+    if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(TimeoutExpired):
+            process.wait(_LAST_WORDS_S)
 
 
 def _alive(process: Any) -> bool:

@@ -7,7 +7,8 @@ SHA-256 of every file. The folder is written under a hidden name, flushed to dis
 leaves the older checkpoints and at most a hidden folder that the next save removes.
 
 Several processes save and load together: each writes and reads the parts of the tensors that it holds, the first one
-commits, and what fails on one process fails on all. A checkpoint knows nothing of how many wrote it.
+commits, and what fails on one process fails on all. A checkpoint knows nothing of how many wrote it. Processes that
+save while they compute do so in a group of their own, so that the two don't wait for each other.
 """
 
 from __future__ import annotations
@@ -34,12 +35,16 @@ from modelworks.spec.errors import OperationError
 from modelworks.spec.home import write_atomically
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from modelworks.model.decoder import Decoder
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 _FILE_BYTES = 1 << 29
 """DCP builds each file in memory before writing it; this bounds what that takes."""
+# DCP's remark that one process is one process; for good, since a save that set it back would do so under other threads.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
 
 
 def folders(run_folder: Path) -> list[Path]:
@@ -57,7 +62,13 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def save(run_folder: Path, step: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> Path:
+def save(
+    run_folder: Path,
+    step: int,
+    tensors: Mapping[str, torch.Tensor],
+    state: Mapping[str, Any],
+    group: ProcessGroup | None = None,
+) -> Path:
     """Write a checkpoint and commit it; all processes of a run call this together.
 
     Parameters
@@ -70,6 +81,8 @@ def save(run_folder: Path, step: int, tensors: Mapping[str, torch.Tensor], state
         Everything that is a tensor, by key: ``model.*``, ``optimizer.*``, ``random.*``.
     state
         Everything else, as JSON has it.
+    group
+        The processes that save together, where it isn't the default group.
 
     Returns
     -------
@@ -84,11 +97,11 @@ def save(run_folder: Path, step: int, tensors: Mapping[str, torch.Tensor], state
     target = folder_of(run_folder, step)
     temporary = target.with_name(f".{target.name}.tmp")
     try:
-        _on_all(lambda: _begin(temporary) if _first_process() else None)
-        _write_tensors(temporary, tensors)
-        described = _on_all(lambda: _describe(temporary, f"shard-{_process() + 1:05d}-*"))
+        _on_all(lambda: _begin(temporary) if _first_process() else None, group)
+        _write_tensors(temporary, tensors, group)
+        described = _on_all(lambda: _describe(temporary, f"shard-{_process() + 1:05d}-*"), group)
         files = {name: entry for part in described for name, entry in part.items()}
-        _on_all(lambda: _commit(temporary, target, step, state, files) if _first_process() else None)
+        _on_all(lambda: _commit(temporary, target, step, state, files) if _first_process() else None, group)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise OperationError(f"the checkpoint of step {step} cannot be written: {reason(error)}") from error
@@ -98,14 +111,30 @@ def save(run_folder: Path, step: int, tensors: Mapping[str, torch.Tensor], state
     return target
 
 
+def newest_good_until(run_folder: Path, step: int) -> Path | None:
+    """The newest whole checkpoint of at most so many steps; nothing if there is none."""
+    for folder in folders(run_folder):
+        if step_of(folder) <= step:
+            try:
+                verify(folder)
+            except OperationError as error:
+                logger.warning("%s; an older checkpoint is used", error)
+            else:
+                return folder
+    return None
+
+
+def remove_after(run_folder: Path, step: int) -> None:
+    """Remove the checkpoints of more steps, which are of a course that the run has left."""
+    for folder in folders(run_folder):
+        if step_of(folder) > step:
+            _remove(folder)
+
+
 def rotate(run_folder: Path, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints."""
     for old in folders(run_folder)[keep:]:
-        # Renamed first, so that a crash in the middle doesn't leave half a checkpoint under a good name.
-        doomed = old.with_name(f".{old.name}.tmp")
-        shutil.rmtree(doomed, ignore_errors=True)
-        old.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        _remove(old)
 
 
 def verify(folder: Path) -> dict[str, Any]:
@@ -207,9 +236,9 @@ def reason(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _write_tensors(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+def _write_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], group: ProcessGroup | None) -> None:
     # The stages of a pipeline have different tensors; the first process says for all what goes into which file.
-    parts = _on_all(lambda: {key: tensor.nbytes for key, tensor in tensors.items()})
+    parts = _on_all(lambda: {key: tensor.nbytes for key, tensor in tensors.items()}, group)
     sizes = {key: size for part in parts for key, size in part.items()}
     file_of, file, filled = {}, 1, 0
     for key, size in sizes.items():
@@ -219,7 +248,15 @@ def _write_tensors(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         file_of[key] = file
     writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=file_of, save_distributed=True)
     with _dcp():
-        state_dict_saver.save(dict(tensors), storage_writer=writer, no_dist=_single_process())
+        state_dict_saver.save(dict(tensors), storage_writer=writer, process_group=group, no_dist=_single_process())
+
+
+def _remove(folder: Path) -> None:
+    # Renamed first, so that a crash in the middle doesn't leave half a checkpoint under a good name.
+    doomed = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _begin(temporary: Path) -> None:
@@ -267,7 +304,7 @@ def _flush_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _on_all(work: Callable[[], Result]) -> list[Result]:
+def _on_all(work: Callable[[], Result], group: ProcessGroup | None) -> list[Result]:
     """Do each process's part of something and return all parts; what the system refuses to one, it refuses to all."""
     if _single_process():
         return [work()]
@@ -277,7 +314,7 @@ def _on_all(work: Callable[[], Result]) -> list[Result]:
     except OSError as error:
         failure = (error.errno or errno.EIO, str(error))
     parts: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(parts, (result, failure))
+    torch.distributed.all_gather_object(parts, (result, failure), group=group)
     for _, refused in parts:
         if refused is not None:
             raise OSError(*refused)
@@ -298,10 +335,8 @@ def _single_process() -> bool:
 
 @contextlib.contextmanager
 def _dcp() -> Iterator[None]:
-    """Around DCP's verbs: its failures as what caused them, and no remark that one process is one process."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-        try:
-            yield
-        except CheckpointException as error:  # A BaseException that wraps even a KeyboardInterrupt.
-            raise next(iter(error.failures.values()))[0] from None
+    """Around DCP's verbs: its failures as what caused them."""
+    try:
+        yield
+    except CheckpointException as error:  # A BaseException that wraps even a KeyboardInterrupt.
+        raise next(iter(error.failures.values()))[0] from None

@@ -151,6 +151,8 @@ class CheckpointSpec(Section):
     """Steps between checkpoints, instead of time."""
     keep: PositiveInt = 2
     """How many are kept."""
+    asynchronous: bool = True
+    """Whether they are written while the next steps are made; the loop then waits for a copy in memory alone."""
     to: str | None = None
     """Where checkpoints are copied as well, in a folder of the run's name: any URL that fsspec knows, such as
     `s3://bucket/runs`."""
@@ -160,6 +162,28 @@ class CheckpointSpec(Section):
         if self.to is not None and not re.fullmatch(r"[a-z][a-z0-9+.-]*://.+", self.to):
             raise ValueError(f"checkpoint.to = {self.to!r} is not accepted: a URL is, such as s3://bucket/runs")
         return self
+
+
+class GuardSpec(Section):
+    """What a run on its own does about what goes wrong."""
+
+    hang: Duration | Literal["auto"] = "auto"
+    """How long a process may give no sign of life, and a step take, before all processes start again from the last
+    checkpoint; `auto` is 30 s, 0 for ever. A step may always take ten times as long as the longest of the last ones."""
+    on_spike: Literal["stop", "skip", "rollback"] = "stop"
+    """What follows a loss or a gradient that is no number, or a loss that is a spike: `stop` ends the run, `skip` drops
+    the step's update, `rollback` goes back to a checkpoint and passes over the data since."""
+    spike_deviations: NonNegativeFloat = 0.0
+    """How far above the median of the last losses a loss is a spike, in standard deviations as reckoned from their
+    median absolute deviation; 0: none is, but for one that is no number."""
+    spike_window: PositiveInt = 128
+    """The number of the last losses that a loss is compared with."""
+    spike_limit: PositiveInt = 5
+    """So many spikes within `spike_window` steps are dealt with; one more ends the run."""
+    rollback_steps: NonNegativeInt = 0
+    """How many steps `rollback` goes back at least."""
+    agreement_every: NonNegativeInt = 0
+    """Steps between comparisons of the weights that several processes hold whole copies of; 0: none."""
 
 
 class ReleaseSpec(Section):
@@ -186,6 +210,7 @@ class RunSpec(Section):
     )
     parallel: ParallelSpec = ParallelSpec()
     checkpoint: CheckpointSpec = CheckpointSpec()
+    guard: GuardSpec = GuardSpec()
     release: ReleaseSpec = ReleaseSpec()
     launch: LaunchSpec = LaunchSpec()
     simulate: SimulateSpec = SimulateSpec()

@@ -19,6 +19,8 @@ _MEMORY_SHARE = 0.5
 """How much of the free memory activations may take; the rest is for what else the machine does."""
 _STATE_BYTES = 16
 """Per parameter: weight, gradient and AdamW's two moments in fp32."""
+_STAGED_BYTES = 12
+"""Per parameter: what an asynchronous checkpoint copies of these."""
 
 
 def activation_bytes(model: ModelSpec, seq_len: int) -> int:
@@ -55,6 +57,8 @@ def micro_batch(spec: RunSpec, layout: Layout | None = None) -> int:
         )
     if spec.train.micro_batch != "auto":
         return spec.train.micro_batch
+    if spec.checkpoint.asynchronous:
+        state += _STAGED_BYTES * spec.model.parameters.total * layout.replicas
     room = max(0, memory.available - state) * _MEMORY_SHARE / layout.processes
     fitting = min(CPU_TOKENS // spec.train.seq_len, int(room // activation_bytes(spec.model, spec.train.seq_len)))
     whole = spec.train.global_batch // layout.data

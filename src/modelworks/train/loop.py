@@ -2,9 +2,9 @@
 
 Three ideas. The run's whole state is in `Trainer` and goes into a checkpoint; what isn't in it (learning rate, batch)
 follows from the spec and the step, so a resumed run repeats the uninterrupted one to the bit. A step is made whole or
-not at all: signals are looked at between steps, and a loss that is no number ends the run before it reaches the
-weights. The loop reads the same on one process and on many: how the network is split over them is applied to it from
-outside (`parallelize`), each process takes its share of a batch, and what decides the next turn is agreed (`ranks`).
+not at all: signals are looked at between steps, and a loss that is no number never reaches the weights (`spikes`). The
+loop reads the same on one process and on many: how the network is split over them is applied to it from outside
+(`parallelize`), each process takes its share of a batch, and what decides the next turn is agreed (`ranks`).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from modelworks.spec.flops import training_flop_per_token
 from modelworks.spec.home import data_folder, write_atomically
 from modelworks.spec.run import RunSpec
 from modelworks.train import schedule
+from modelworks.train.agreement import Agreement
 from modelworks.train.batching import micro_batch
 from modelworks.train.compiling import try_compile, wanted
 from modelworks.train.evaluate import Validation
@@ -37,11 +38,14 @@ from modelworks.train.layout import Layout, layout
 from modelworks.train.machine import peak_flops
 from modelworks.train.metrics import MetricsLog, NoMetrics
 from modelworks.train.optimizers import Optimizers
-from modelworks.train.parallelize import Parallel
+from modelworks.train.parallelize import Parallel, local
 from modelworks.train.precision import Precision, resolve
 from modelworks.train.ranks import Ranks
+from modelworks.train.saving import Saving
 from modelworks.train.session import RunSession
+from modelworks.train.spikes import Rollback, Spikes
 from modelworks.train.view import NoView, View
+from modelworks.train.watchdog import patience_s
 
 _SAY_EVERY_S = 0.5
 
@@ -131,6 +135,7 @@ class Trainer:
         self.spec, self.folder = session.spec, session.folder
         self.train_spec = session.spec.train
         self.step, self.elapsed_s, self._metrics_bytes = 0, 0.0, 0
+        self._event: str | None = None
         self.loss: float | None = None
         self.validation_bpb: float | None = None
         self.parallel = Parallel(layout(self.spec, self.ranks.world), self.ranks)
@@ -141,6 +146,9 @@ class Trainer:
         self.validation = Validation(
             self.data, self.train_spec.validation_tokens, self.train_spec.seq_len, self.micro_batch, self.parallel
         )
+        # Before the seed is set: measuring the peak draws random numbers.
+        self._peak_flops = peak_flops(self.precision.name, self.ranks.world)
+        self._flop_per_token = training_flop_per_token(self.spec.model, self.train_spec.seq_len)
         session.report(message="building the network")
         view.show(session.status)
         torch.manual_seed(self.train_spec.seed)
@@ -148,15 +156,20 @@ class Trainer:
         self.decoder.initialize(self.train_spec.seed)
         self.parallel.apply(self.decoder, self.spec.parallel, self.precision.autocast)
         self.optimizers = Optimizers(self.decoder, self.train_spec, self.precision.dtype, self.parallel.whole)
+        self.saving = Saving(
+            self.folder, self.spec.checkpoint.keep, self.ranks, asynchronous=self.spec.checkpoint.asynchronous
+        )
+        self.spikes = Spikes(self.spec.guard)
+        compares = self.spec.guard.agreement_every > 0 and self.ranks.world > 1
+        self.agreement = Agreement(self.decoder, self.parallel) if compares else None
         self.last_checkpoint = self._resume() if session.resume else None
         self.log = self._open_log()
-        self._peak_flops = peak_flops(self.precision.name, self.ranks.world)
-        self._flop_per_token = training_flop_per_token(self.spec.model, self.train_spec.seq_len)
         self._saved_at = time.monotonic()
         self._step_times: list[float] = []
 
     def close(self) -> None:
-        """Close the metrics' files."""
+        """Let a checkpoint in the air come down, and close the metrics' files."""
+        self.saving.close()
         self.log.close()
 
     def run(self) -> TrainResult:
@@ -166,17 +179,25 @@ class Trainer:
         self.session.report(state="running", message=None, steps=self.train_spec.steps)
         done = self._done()
         while not done and self._stop() is None:
-            row = self._timed_step()
+            try:
+                row = self._timed_step()
+            except Rollback as why:
+                self._roll_back(str(why))
+                continue
             # Looked at behind a step alone: if a validation or a checkpoint uses up the time, one more step is made, so
             # that a run always ends with its final rate and with a validation of what it ends with.
             done = self._done()
             if done or (self.train_spec.validate_every and self.step % self.train_spec.validate_every == 0):
                 row["validation_bpb"] = self._validate()
             self._report(row, log=done or "validation_bpb" in row or self.step % self.train_spec.log_every == 0)
+            self.saving.look()
+            if self.agreement is not None and self.step % self.spec.guard.agreement_every == 0:
+                self.agreement.check(self.step)
             if self._checkpoint_due() and not done:
                 self._save()
         if self.last_checkpoint != checkpoint.folder_of(self.folder, self.step):
             self._save()
+        self.saving.finish()
         self.interrupt.graceful = False
         return self._end(done)
 
@@ -185,27 +206,31 @@ class Trainer:
 
         Raises
         ------
-        OperationError
-            If loss or gradient is no number; the weights are then as before.
+        OperationError, Rollback
+            If the loss or the gradient is out of order, as `guard.on_spike` has it; the weights are then as before.
         """
         spec = self.train_spec
         factor = schedule.factor(spec, schedule.progress(spec, self.step + 1, self.elapsed_s))
         begin, count = self.parallel.share(spec.global_batch)
-        sequences = self.data.sequences("train", self.step * spec.global_batch + begin, count, spec.seq_len, spec.seed)
+        place = self.spikes.batch(self.step) * spec.global_batch + begin
+        sequences = self.data.sequences("train", place, count, spec.seq_len, spec.seed)
         losses = self._gradients(torch.from_numpy(sequences))
         total = float(self._weighted(losses))
         self.parallel.finish_gradients()
         norm = self.parallel.clip(self.decoder, spec.clip or math.inf)
-        if not math.isfinite(total) or not math.isfinite(norm):
-            raise OperationError(
-                f"the loss is {total} and the gradient's norm {norm} at step {self.step + 1}; the last checkpoint is "
-                f"good: go on from it with a lower train.learning_rate (now {spec.learning_rate}) in a new run"
-            )
-        self.optimizers.step(factor)
-        self.optimizers.zero_grad()
+        advice = (
+            f"the last checkpoint is good: go on from it with a lower train.learning_rate (now {spec.learning_rate}) "
+            "in a new run, or with --resume and guard.on_spike = 'skip' or 'rollback'"
+        )
+        try:
+            spike = self.spikes.judge(self.step, total, norm, advice)
+            if spike is None:
+                self.optimizers.step(factor)
+                self.loss = total
+        finally:
+            self.optimizers.zero_grad()
         self.step += 1
-        self.loss = total
-        return {
+        row = {
             "step": self.step,
             "tokens": self.step * spec.tokens_per_step,
             "loss": total,
@@ -216,6 +241,8 @@ class Trainer:
             "grad_norm": norm,
             "expert_load": _largest_loads(losses.expert_load),
         }
+        event, self._event = self._event or spike, None
+        return row if event is None else row | {"event": event}
 
     def _gradients(self, sequences: Tensor) -> Losses:
         """Add up the gradients of this process's sequences (B, T + 1); returns the losses of the whole global batch."""
@@ -255,7 +282,11 @@ class Trainer:
 
     def _timed_step(self) -> dict[str, Any]:
         begun = time.perf_counter()
-        row = self.one_step()
+        self.session.pulse(patience_s(self.spec.guard.hang, self._step_times))
+        try:
+            row = self.one_step()
+        finally:
+            self.session.pulse(math.inf)
         taken = time.perf_counter() - begun
         self._add_elapsed(taken)
         self._step_times = [*self._step_times[-19:], taken]
@@ -293,7 +324,7 @@ class Trainer:
         self.session.report(
             step=self.step,
             tokens=row["tokens"],
-            loss=row["loss"],
+            loss=self.loss,
             validation_bpb=self.validation_bpb,
             tokens_per_s=tokens_per_s,
             mfu=tokens_per_s * self._flop_per_token / self._peak_flops,
@@ -307,27 +338,31 @@ class Trainer:
             return self.step % spec.every_steps == 0
         return self.ranks.of_first(time.monotonic() - self._saved_at) >= spec.every
 
-    def _tensors(self) -> dict[str, Tensor]:
-        state = {
-            f"model.{name}": self.parallel.whole(name, tensor) for name, tensor in self.decoder.state_dict().items()
-        }
-        state |= {f"optimizer.{name}": tensor for name, tensor in self.optimizers.state().items()}
+    def _tensors(self, as_part: bool = False) -> dict[str, Tensor]:
+        """All that a checkpoint holds: whole tensors, or this process's parts of them."""
+        whole = _part if as_part else self.parallel.whole
+        state = {f"model.{name}": whole(name, tensor) for name, tensor in self.decoder.state_dict().items()}
+        state |= {f"optimizer.{name}": tensor for name, tensor in self.optimizers.state(whole).items()}
         return state | {"random.torch": torch.get_rng_state()}
 
     def _save(self) -> None:
+        """Begin to save; with `checkpoint.asynchronous` the rest is done while the next steps are made."""
         begun = time.perf_counter()
+        if self.agreement is not None:  # What differs between processes must not become the state to go back to.
+            self.agreement.check(self.step)
         state = {
             "data": self.data.folder.name,
-            "sequences": self.step * self.train_spec.global_batch,
+            "sequences": self.spikes.batch(self.step) * self.train_spec.global_batch,
             "tokens": self.step * self.train_spec.tokens_per_step,
             "elapsed_s": self.elapsed_s,
             "loss": self.loss,
             "validation_bpb": self.validation_bpb,
             "metrics_bytes": self.log.position(),
+            "spikes": self.spikes.state(),
         }
-        self.last_checkpoint = checkpoint.save(self.folder, self.step, self._tensors(), state)
-        if self.ranks.first:
-            checkpoint.rotate(self.folder, self.spec.checkpoint.keep)
+        self.last_checkpoint = self.saving.save(
+            self.step, self._tensors(as_part=True), self._tensors, state, self.log.flush_to_disk
+        )
         self._add_elapsed(time.perf_counter() - begun)
         self._saved_at = time.monotonic()
 
@@ -336,7 +371,32 @@ class Trainer:
         if not checkpoint.folders(self.folder):
             return None
         step = checkpoint.step_of(checkpoint.newest_good(self.folder)) if self.ranks.first else 0
-        folder = checkpoint.folder_of(self.folder, int(self.ranks.of_first(step)))
+        return self._load(checkpoint.folder_of(self.folder, int(self.ranks.of_first(step))))
+
+    def _roll_back(self, why: str) -> None:
+        """Go on from an earlier checkpoint with the data behind the batch that can't be learnt from."""
+        fled, elapsed_s, spikes = self.step, self.elapsed_s, self.spikes
+        self.saving.finish()
+        target = -1
+        if self.ranks.first:
+            earlier = checkpoint.newest_good_until(self.folder, fled - self.spec.guard.rollback_steps)
+            if earlier is not None:
+                checkpoint.remove_after(self.folder, target := checkpoint.step_of(earlier))
+        target = int(self.ranks.of_first(target))
+        if target < 0:
+            raise OperationError(
+                f"{why}; there is no checkpoint {self.spec.guard.rollback_steps} steps before or more to go back to"
+            )
+        self.spikes = Spikes(self.spec.guard)
+        self.last_checkpoint = self._load(checkpoint.folder_of(self.folder, target))
+        self.elapsed_s = elapsed_s
+        self.spikes.rolled_back(spikes, fled, target, why)
+        self.log.close()
+        self.log = self._open_log()
+        self._event = f"{why}; went back to step {target}, and on behind the data since"
+
+    def _load(self, folder: Path) -> Path:
+        """Take up the state in a checkpoint."""
         self.optimizers.prepare_state()
         tensors = self._tensors()
         checkpoint.load(folder, tensors)
@@ -350,6 +410,8 @@ class Trainer:
         self.step, self.elapsed_s = state["step"], state["elapsed_s"]
         self.loss, self.validation_bpb = state["loss"], state["validation_bpb"]
         self._metrics_bytes = state["metrics_bytes"]
+        if "spikes" in state:  # Checkpoints of earlier versions have none.
+            self.spikes.load(state["spikes"])
         return folder
 
     def _open_log(self) -> MetricsLog | NoMetrics:
@@ -421,6 +483,11 @@ def prepare_data(session: RunSession, view: View, keep: bool = True) -> PackedDa
         shutil.copyfile(data.tokenizer_file, session.folder / "tokenizer.json")
         write_atomically(session.folder / "data.json", json.dumps(data.manifest, indent=1) + "\n")
     return data
+
+
+def _part(_: str, tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    return local(tensor)
 
 
 def _largest_loads(loads: Tensor) -> list[float]:

@@ -7,6 +7,7 @@ run had never been interrupted. Weights & Biases gets the curves too where ``WAN
 from __future__ import annotations
 
 import json
+import math
 import os
 from importlib import import_module
 from importlib.util import find_spec
@@ -59,7 +60,7 @@ class MetricsLog:
             If it can't be written, such as on a full disk.
         """
         try:
-            self._file.write((json.dumps(row) + "\n").encode())
+            self._file.write((json.dumps(_as_json(row), allow_nan=False) + "\n").encode())
             self._file.flush()
             for key, curve in _CURVES.items():
                 if row.get(key) is not None:
@@ -72,13 +73,15 @@ class MetricsLog:
             self._wandb.log({curve: row[key] for key, curve in _CURVES.items() if key in row}, step=row["step"])
 
     def position(self) -> int:
-        """The file's length in bytes, all of it on the disk."""
+        """The file's length in bytes."""
+        return os.fstat(self._file.fileno()).st_size
+
+    def flush_to_disk(self) -> None:
+        """Wait until all that is written is on the disk."""
         try:
-            self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
             raise OperationError(f"{self._file.name} cannot be written: {error.strerror}") from error
-        return os.fstat(self._file.fileno()).st_size
 
     def close(self) -> None:
         """Close the files."""
@@ -98,8 +101,20 @@ class NoMetrics:
         """No byte."""
         return 0
 
+    def flush_to_disk(self) -> None:
+        """Nothing."""
+
     def close(self) -> None:
         """Nothing."""
+
+
+def _as_json(value: Any) -> Any:
+    """The same with null for what is no number, which JSON doesn't have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _as_json(part) for key, part in value.items()}
+    return [_as_json(part) for part in value] if isinstance(value, list) else value
 
 
 def _wandb_run(folder: Path) -> Any:

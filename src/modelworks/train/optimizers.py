@@ -77,10 +77,12 @@ class Optimizers:
         for optimizer in self._all:
             optimizer.zero_grad(set_to_none=True)
 
-    def state(self) -> dict[str, Tensor]:
-        """The state as tensors, by ``parameter's name / what it is``; the tensors are the optimizers' own."""
+    def state(self, whole: Callable[[str, Tensor], Tensor] | None = None) -> dict[str, Tensor]:
+        """The state as tensors, by ``parameter's name / what it is``; the tensors are the optimizers' own, and whole
+        ones, or what `whole` makes of them."""
+        whole = whole or self._whole
         return {
-            f"{self._names[parameter]}/{kind}": self._whole(self._names[parameter], value)
+            f"{self._names[parameter]}/{kind}": whole(self._names[parameter], value)
             for optimizer in self._all
             for parameter, kinds in optimizer.state.items()
             for kind, value in kinds.items()

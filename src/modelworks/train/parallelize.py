@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -198,6 +198,19 @@ class Parallel:
         place = self._places.get(name)
         part = local(tensor)
         return tensor if place is None or part.shape != place.local_shape else place.whole(part)
+
+    def part(self, name: str) -> tuple[Hashable, ...]:
+        """Which part of a parameter this process holds: processes for which it is equal hold copies."""
+        place = self._places.get(name)
+        if place is None:
+            return ()
+        coordinate = place.mesh.get_coordinate()
+        assert coordinate is not None
+        assert place.mesh.mesh_dim_names is not None
+        axes = zip(place.mesh.mesh_dim_names, coordinate, place.placements, strict=True)
+        split_at = tuple((axis, at) for axis, at, placement in axes if isinstance(placement, Shard))
+        stage = self.ranks.rank * self.layout.pipeline // self.layout.processes
+        return stage, place.mesh.mesh_dim_names, split_at
 
     def share(self, count: int) -> tuple[int, int]:
         """Which of `count` sequences this process takes: the first one's place, and how many."""

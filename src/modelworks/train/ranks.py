@@ -8,14 +8,19 @@ so that all processes take the same turn. Alone, a process agrees with itself.
 from __future__ import annotations
 
 import datetime
+import hashlib
 import os
 import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import PrefixStore
+from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
+
+import modelworks
+from modelworks.spec.errors import InputError, OperationError
 
 _TIMEOUT = datetime.timedelta(minutes=10)
 """How long a process waits for the others in one collective before it takes them for lost."""
@@ -73,11 +78,44 @@ def join() -> Ranks:
 
     Each attempt of a restarted run meets in a part of the store that is its own, since what an earlier attempt has
     left there would send some of its processes to peers that are gone.
+
+    Raises
+    ------
+    InputError
+        If this process has other software than the first one.
+    OperationError
+        If the port to meet at is another program's.
     """
     if os.environ["MASTER_ADDR"] == "127.0.0.1":
         only_this_machine()
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store, _, _ = next(rendezvous("env://", rank, world, timeout=_TIMEOUT))
-    attempt = f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    dist.init_process_group("gloo", store=PrefixStore(attempt, store), rank=rank, world_size=world, timeout=_TIMEOUT)
+    try:
+        store, _, _ = next(rendezvous("env://", rank, world, timeout=_TIMEOUT))
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise OperationError(f"the processes can't meet at {where}: the port is in use by another program") from None
+    attempt = PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    _refuse_other_software(attempt, rank)
+    dist.init_process_group("gloo", store=attempt, rank=rank, world_size=world, timeout=_TIMEOUT)
     return Ranks(rank, world)
+
+
+def software() -> str:
+    """What must be the same for all processes: versions, and a digest of the code that they run together."""
+    package, digest = Path(modelworks.__file__).parent, hashlib.sha256()
+    for room in ("spec", "model", "data", "train"):
+        for path in sorted((package / room).glob("*.py")):
+            digest.update(path.name.encode() + path.read_bytes())
+    python = ".".join(map(str, sys.version_info[:2]))
+    code = digest.hexdigest()[:12]
+    return f"Modelworks {modelworks.__version__} (code {code}), PyTorch {torch.__version__}, Python {python}"
+
+
+def _refuse_other_software(store: Store, rank: int) -> None:
+    mine = software()
+    if rank == 0:
+        store.set("software", mine)
+    elif (first := store.get("software").decode()) != mine:
+        raise InputError(f"process {rank} has {mine}, and process 0 has {first}: the same on every node is accepted")

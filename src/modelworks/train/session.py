@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ _STATUS_EVERY_S = 1.0
 _MAY_CHANGE = {
     "train": {"tokens", "max_time", "log_every", "validate_every", "validation_tokens", "compile"},
     "checkpoint": None,
+    "guard": None,
     "release": None,
     "cluster": None,
     "parallel": None,
@@ -49,12 +50,15 @@ class RunSession:
         The signals that ask this process to stop.
     status
         What was last reported.
+    pulse
+        Told that the work goes on, and how many seconds until it is told again at the latest.
     """
 
     def __init__(
         self, folder: Path, spec: RunSpec, resume: bool, interrupt: Interrupt, process: dict[str, Any] | None = None
     ) -> None:
         self.folder, self.spec, self.resume, self.interrupt = folder, spec, resume, interrupt
+        self.pulse: Callable[[float], None] = lambda patience_s: None
         earlier = read_status(folder) if resume else None
         self.status = replace(
             earlier or Status("preparing"),
@@ -202,6 +206,6 @@ def refuse_changes(before: RunSpec, now: RunSpec) -> None:
             if field not in may_change and value != old[section][field]:
                 raise InputError(
                     f"--resume: {section}.{field} = {value!r} differs from the run's {old[section][field]!r}; only "
-                    "train.tokens, train.max_time, what is logged and validated, [checkpoint], [launch] and [release] "
-                    "may change"
+                    "train.tokens, train.max_time, what is logged and validated, [checkpoint], [guard], [launch] and "
+                    "[release] may change"
                 )

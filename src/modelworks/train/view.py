@@ -58,7 +58,7 @@ class LiveView:
 
     def show(self, status: Status, rows: Iterable[Mapping[str, Any]] = ()) -> None:
         """Draw the panel with the new rows' losses added to the curve."""
-        self._losses += [row["loss"] for row in rows]
+        self._losses += [row["loss"] for row in rows if row["loss"] is not None]
         self._live.update(panel(self._name, status, self._losses, self._console.width))
 
     def restart(self) -> None:
