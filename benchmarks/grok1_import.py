@@ -1,9 +1,9 @@
 """Import of Grok-1's release at its real shapes: peak memory, speed, and every value compared.
 
 The release has 318 GB and isn't here. This writes one layer of it (6,144 wide, eight experts of 32,768, the vocabulary
-of 131,072) in the release's own format from random numbers, imports it as safetensors and as a GGUF file in processes of
-their own whose peak memory is read from the kernel, and compares what they wrote with what was drawn. A run takes 35 GB
-of disk for a while, and some minutes.
+of 131,072) in the release's own format from random numbers, imports it as safetensors and as a GGUF file in processes
+of their own whose peak memory is read from the kernel, and compares what they wrote with what was drawn. A run takes
+22 GB of disk for a while, and some minutes.
 
     python benchmarks/grok1_import.py [--folder FOLDER] [--vocabulary 131072] [--json]
 """

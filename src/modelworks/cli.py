@@ -250,40 +250,58 @@ def _train(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a field: train.seq_len=256.")
     ] = None,
-    on: Annotated[str, typer.Option("--on", help="Where to train: local.")] = "local",
+    on: Annotated[str, typer.Option("--on", help="Where to train: local, slurm, kubernetes or ray.")] = "local",
     nproc: Annotated[
-        int | None, typer.Option("--nproc", help="Processes on this machine, instead of the spec's cluster.gpus.")
+        int | None, typer.Option("--nproc", help="Processes in all, instead of the spec's cluster.gpus.")
+    ] = None,
+    nodes: Annotated[
+        int | None, typer.Option("--nodes", help="Nodes, instead of cluster.gpus / cluster.gpus_per_node.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="With --dry-run: write it there instead.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run from its last good checkpoint.")] = False,
     trace: Annotated[
         int | None, typer.Option("--trace", metavar="N", help="Write a Chrome trace of N steps, from the second on.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Build single processes of the run without memory; train nothing.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Train nothing: build single processes of the run without memory; with --on ENGINE, print what would "
+            "be submitted.",
+        ),
     ] = False,
     ranks: Annotated[
         list[int] | None, typer.Option("--rank", help="With --dry-run: which; first, middle and last without it.")
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Train a run, and release it where its spec says so.
+    """Train a run, and release it where its spec says so; here, or on the engine that --on names.
 
     Ctrl-C and SIGTERM save a checkpoint and stop (exit codes 130 and 0); a second Ctrl-C ends at once.
 
     Example: [bold]modelworks train examples/grok-tiny.toml --set train.tokens=500_000[/bold]
     """
+    from modelworks.engine_command import take_back
     from modelworks.spec.files import load_run
     from modelworks.train.interrupt import Interrupted, exit_code
     from modelworks.train.view import NoView, view_for
-    from modelworks.train_command import engine_overrides, train_and_release
+    from modelworks.train_command import engine_overrides, train_and_release, with_layout
 
     traced = [] if trace is None else [f"train.trace_steps={trace}"]
-    spec = load_run(file, [*(overrides or []), *engine_overrides(on, nproc), *traced])
+    spec = load_run(file, [*(overrides or []), *engine_overrides(on, nproc, nodes), *traced])
+    if ranks and (on != "local" or not dry_run):
+        raise InputError(f"--rank {ranks[0]} is not accepted here: it goes with --dry-run on this machine")
+    if out is not None and (on == "local" or not dry_run):
+        raise InputError(f"--out {out} is not accepted here: it goes with --dry-run and --on slurm, kubernetes or ray")
+    if on != "local":
+        _submit(with_layout(spec, resume, spec.cluster.device), on, resume, dry_run, out, as_json)
+        return
     if dry_run:
         _print_dry_run(spec, ranks, as_json)
         return
-    if ranks:
-        raise InputError(f"--rank {ranks[0]} is not accepted here: it goes with --dry-run")
+    take_back(spec.name)
     view = NoView() if as_json else view_for(spec.name, console)
     say = (lambda text: None) if as_json else console.print
     try:
@@ -312,6 +330,28 @@ def _print_dry_run(spec: RunSpec, ranks: list[int] | None, as_json: bool) -> Non
         console.print(dry_run_table(report))
 
 
+def _submit(spec: RunSpec, on: str, resume: bool, dry_run: bool, out: Path | None, as_json: bool) -> None:
+    """Give a run to an engine, or show what would be given."""
+    from modelworks.engine_command import render, submit
+
+    if dry_run:
+        text = render(spec, on)
+        if out is None:
+            print(text, end="")
+        else:
+            from modelworks.spec.home import write_atomically
+
+            write_atomically(out, text)
+            console.print(f"written to {out}", soft_wrap=True)
+        return
+    submission = submit(spec, on, resume)
+    if as_json:
+        print(json.dumps({"name": spec.name, "engine": on, "job": submission.job, "nodes": spec.nodes}, indent=1))
+    else:
+        console.print(f"{spec.name} is {on}'s job {submission.job}", soft_wrap=True)
+        console.print(f"watch it: modelworks runs watch {spec.name}")
+
+
 def _print_summary(summary: dict[str, Any], released: dict[str, Any] | None) -> None:
     console.print(f"{summary['name']} {summary['state']} after {summary['step']:,} steps in {summary['folder']}")
     if summary["state"] == "stopped":
@@ -329,10 +369,10 @@ def _runs_list(as_json: JsonFlag = False) -> None:
 
     Example: [bold]modelworks runs list --json[/bold]
     """
-    from modelworks.train.record import list_runs
+    from modelworks.engine_command import all_records
     from modelworks.train.view import runs_table
 
-    found = [(record, record.status()) for record in list_runs()]
+    found = [(record, record.status()) for record in all_records()]
     if as_json:
         print(json.dumps([{"name": record.name} | status.as_dict() for record, status in found], indent=1))
     elif found:
@@ -347,10 +387,10 @@ def _runs_show(run: RunName, as_json: JsonFlag = False) -> None:
 
     Example: [bold]modelworks runs show first-run[/bold]
     """
-    from modelworks.train.record import RunRecord
+    from modelworks.engine_command import record_of
     from modelworks.train.view import panel
 
-    record = RunRecord(run)
+    record = record_of(run)
     status, rows = record.status(), record.metrics()
     if as_json:
         shown = {"name": record.name, "folder": str(record.folder)} | status.as_dict()
@@ -372,10 +412,32 @@ def _runs_watch(run: RunName) -> None:
 
     Example: [bold]modelworks runs watch first-run[/bold]
     """
-    from modelworks.train.record import RunRecord
+    from modelworks.engine_command import record_of
     from modelworks.train.view import watch
 
-    watch(RunRecord(run), console)
+    watch(record_of(run), console)
+
+
+@runs_app.command("log")
+def _runs_log(run: RunName, lines: Annotated[int, typer.Option(help="The last so many.")] = 40) -> None:
+    """Print the last lines that a run in the background, or on an engine, has printed.
+
+    Example: [bold]modelworks runs log first-run --lines 100[/bold]
+    """
+    from modelworks.engine_command import record_of
+
+    print(record_of(run).log(lines))
+
+
+@runs_app.command("resume")
+def _runs_resume(run: RunName) -> None:
+    """Go on with a run in the background, where it was trained before: on this machine or on its engine.
+
+    Example: [bold]modelworks runs resume first-run[/bold]
+    """
+    from modelworks.engine_command import resume_run
+
+    console.print(f"{run} goes on as {resume_run(run)}", soft_wrap=True)
 
 
 @runs_app.command("stop")
@@ -388,9 +450,9 @@ def _runs_stop(
 
     Example: [bold]modelworks runs stop first-run[/bold]
     """
-    from modelworks.train.record import RunRecord
+    from modelworks.engine_command import record_of
 
-    record = RunRecord(run)
+    record = record_of(run)
     ended = record.stop(wait)
     if as_json:
         print(json.dumps({"name": record.name, "ended": ended} | record.status().as_dict(), indent=1))

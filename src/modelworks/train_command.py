@@ -6,6 +6,7 @@ to. It sits beside the command line since it uses them all.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import signal
@@ -15,18 +16,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from modelworks.launch.losses import LostError
 from modelworks.spec.errors import InputError, OperationError
 from modelworks.spec.files import device_spec
-from modelworks.spec.home import write_atomically
+from modelworks.spec.home import runs_folder, write_atomically
 from modelworks.spec.run import RunSpec
-from modelworks.train.interrupt import Interrupted
+from modelworks.train.interrupt import Interrupt, Interrupted
 from modelworks.train.record import MetricsReader, RunRecord, Status
 from modelworks.train.session import RunSession, open_run
 from modelworks.train.watchdog import Watchdog, limit_s
 from modelworks.train.worker import FINAL_CODES
 
 if TYPE_CHECKING:
-    from modelworks.launch.elastic import Failure
+    from modelworks.launch.elastic import Failure, Processes
+    from modelworks.launch.meeting import Meeting
+    from modelworks.train.copies import Copies
     from modelworks.train.loop import TrainResult
     from modelworks.train.view import View
 
@@ -36,7 +40,9 @@ _LOOK_S = 0.25
 Say = Callable[[str], None]
 
 
-def train_and_release(spec: RunSpec, resume: bool, view: View, say: Say) -> tuple[TrainResult, dict[str, Any] | None]:
+def train_and_release(
+    spec: RunSpec, resume: bool, view: View, say: Say, meeting: Meeting | None = None
+) -> tuple[TrainResult, dict[str, Any] | None]:
     """Train a run to its end and release it where its spec says so.
 
     Parameters
@@ -49,6 +55,8 @@ def train_and_release(spec: RunSpec, resume: bool, view: View, say: Say) -> tupl
         Shows the training.
     say
         Told in a few words what goes on after the training.
+    meeting
+        Where other nodes meet that train with this one.
 
     Returns
     -------
@@ -57,14 +65,19 @@ def train_and_release(spec: RunSpec, resume: bool, view: View, say: Say) -> tupl
         stopped or releases nothing.
     """
     spec = with_layout(spec, resume)
-    with open_run(spec, resume) as session:
+    copies = _copies(spec, resume, say)
+    with open_run(spec, resume) as session, copies or contextlib.nullcontext():
         _write_plan(session.folder, spec)
         if spec.cluster.gpus == 1:
             from modelworks.train.loop import train
 
             result = train(session, view)
         else:
-            result = train_in_processes(session, view)
+            result = train_in_processes(session, view, meeting)
+        if copies is not None:
+            session.report(message=f"copying the last checkpoint to {spec.checkpoint.to}")
+            copies.finish()
+            session.report(message=None if result.state == "finished" else "saved; it can be resumed")
         released = None
         if result.state == "finished" and spec.release.to:
             session.report(message="releasing")
@@ -77,8 +90,22 @@ def train_and_release(spec: RunSpec, resume: bool, view: View, say: Say) -> tupl
     return result, released
 
 
-def train_in_processes(session: RunSession, view: View) -> TrainResult:
-    """Train the session's run on as many processes of this machine as its cluster has devices.
+def _copies(spec: RunSpec, resume: bool, say: Say) -> Copies | None:
+    """Where the run's checkpoints are copied to, the newest copy fetched if the run goes on from it."""
+    if spec.checkpoint.to is None:
+        return None
+    from modelworks.train.copies import Copies
+
+    copies = Copies(spec, runs_folder() / spec.name)
+    if not resume:
+        copies.refuse_taken()
+    elif (step := copies.fetch()) is not None:
+        say(f"fetched the checkpoint of step {step} from {spec.checkpoint.to}")
+    return copies
+
+
+def train_in_processes(session: RunSession, view: View, meeting: Meeting | None = None) -> TrainResult:
+    """Train the session's run on as many processes as its cluster has devices, those of this node among them.
 
     The session stays with this process, which prepares the data, shows what the others report, passes signals on to
     them, and says how it ended. A process that is lost is replaced and the run goes on from its last checkpoint.
@@ -90,42 +117,91 @@ def train_in_processes(session: RunSession, view: View) -> TrainResult:
     Interrupted
         If a signal ended the work before it could be saved.
     """
-    from modelworks.launch.elastic import Processes
     from modelworks.train.loop import TrainResult, prepare_data, refuse_unsupported
 
-    record, interrupt, processes = RunRecord(session.folder), session.interrupt, session.spec.cluster.gpus
-    refuse_unsupported(session.spec, processes)
-    with view, tempfile.TemporaryDirectory(prefix="modelworks-pulse-") as pulses:
+    record, interrupt = RunRecord(session.folder), session.interrupt
+    refuse_unsupported(session.spec, session.spec.cluster.gpus)
+    with view:
         prepare_data(session, view)
+        if meeting is not None:
+            meeting.announce()
         reader = MetricsReader(session.folder)
         reader.read()
-        arguments = ["-m", "modelworks.train.worker", str(session.folder), "--pulse", pulses]
-        work = Processes(
-            [*arguments, "--resume"] if session.resume else arguments,
-            processes,
-            session.folder / "processes",
-            FINAL_CODES,
-            lambda: _newest_step(record),
-            Watchdog(Path(pulses), processes, limit_s(session.spec.guard.hang)),
-        )
-        try:
-            interrupt.graceful, passed_on = True, False
-            while not work.wait(_LOOK_S):
-                if interrupt.received is not None and not passed_on:
-                    work.signal(signal.SIGTERM)
-                    passed_on = True
-                session.reread()
-                view.show(session.status, reader.read()[0])
-        finally:
-            interrupt.graceful = False
-            work.kill()
-        session.reread()
-        view.show(session.status, reader.read()[0])
+
+        def look() -> None:
+            session.reread()
+            view.show(session.status, reader.read()[0])
+
+        failure = attend(record, interrupt, session.resume, look, meeting)
     if session.status.state not in ("finished", "stopped"):
         if interrupt.received is not None:
             raise Interrupted(interrupt.received)
-        raise _end_of(work.failure, session.status)
+        raise _end_of(failure, session.status)
     return TrainResult.of_checkpoint(record.checkpoints()[-1], session.status.state, interrupt.received)
+
+
+def attend(
+    record: RunRecord, interrupt: Interrupt, resume: bool, look: Callable[[], None], meeting: Meeting | None = None
+) -> Failure | None:
+    """Keep this node's processes of a run at work until the run ends; returns what ended it badly, if anything did.
+
+    Parameters
+    ----------
+    record
+        The run.
+    interrupt
+        A signal that it notes is passed on.
+    resume
+        Whether there is an earlier part to go on from.
+    look
+        Called several times a second.
+    meeting
+        Where the processes meet those of other nodes.
+
+    Raises
+    ------
+    LostError
+        If the other nodes are gone.
+    """
+    from modelworks.launch.elastic import Processes
+
+    spec, logs = record.spec(), record.folder / "processes"
+    if meeting is not None:
+        logs /= f"node-{meeting.place.node:05d}"
+    count = spec.cluster.gpus // (meeting.place.nodes if meeting is not None else 1)
+    with tempfile.TemporaryDirectory(prefix="modelworks-pulse-") as pulses:
+        arguments = ["-m", "modelworks.train.worker", str(record.folder), "--pulse", pulses]
+        work = Processes(
+            [*arguments, "--resume"] if resume else arguments,
+            count,
+            logs,
+            FINAL_CODES,
+            lambda: _newest_step(record),
+            Watchdog(Path(pulses), count, limit_s(spec.guard.hang)),
+            meeting,
+        )
+        _until_it_ends(work, interrupt, look, meeting)
+    look()
+    return work.failure
+
+
+def _until_it_ends(work: Processes, interrupt: Interrupt, look: Callable[[], None], meeting: Meeting | None) -> None:
+    """Pass a signal on to the processes, and look after them, until there are none."""
+    try:
+        interrupt.graceful, passed_on = True, False
+        while not work.wait(_LOOK_S):
+            if interrupt.received is not None:
+                if not passed_on:
+                    if meeting is not None:
+                        meeting.note_told()
+                    work.signal(signal.SIGTERM)
+                    passed_on = True
+                elif not work.at_work:
+                    break
+            look()
+    finally:
+        interrupt.graceful = False
+        work.kill()
 
 
 def _end_of(failure: Failure | None, status: Status) -> InputError | OperationError:
@@ -134,7 +210,7 @@ def _end_of(failure: Failure | None, status: Status) -> InputError | OperationEr
         return OperationError(f"the run's processes ended without having finished: {status.message}")
     if failure.exit_code in FINAL_CODES:
         return FINAL_CODES[failure.exit_code](failure.last_words)
-    return OperationError(f"{failure}; its output is in the run's folder, in processes")
+    return LostError(f"{failure}; its output is in the run's folder, in processes")
 
 
 def _newest_step(record: RunRecord) -> float:
@@ -214,21 +290,28 @@ def _beside(planned: float | None, measured: float) -> dict[str, float | None]:
     return {"planned": planned, "measured": measured, "ratio": measured / planned if planned else None}
 
 
-def engine_overrides(on: str, processes: int | None) -> list[str]:
-    """What ``--on`` and ``--nproc`` change in a run spec: the devices of its cluster, which are processes here.
+def engine_overrides(on: str, processes: int | None, nodes: int | None = None) -> list[str]:
+    """What ``--on``, ``--nproc`` and ``--nodes`` change in a run spec: the devices of its cluster, which are processes
+    here, and over how many nodes they are spread.
 
     Raises
     ------
     InputError
         Naming the option and what is accepted.
     """
-    if on != "local":
-        raise InputError(f"--on {on} is not accepted: local (this machine) is")
-    if processes is None:
-        return []
-    if processes < 1:
+    from modelworks.launch.engines import ACCEPTED
+
+    if on not in ACCEPTED:
+        raise InputError(f"--on {on} is not accepted: {', '.join(ACCEPTED)} are")
+    if nodes is not None and (nodes < 1 or on == "local"):
+        accepted = "1 or more is" if on != "local" else "this machine is one node; --on slurm takes several"
+        raise InputError(f"--nodes {nodes} is not accepted: {accepted}")
+    if processes is not None and processes < 1:
         raise InputError(f"--nproc {processes} is not accepted: 1 or more is")
-    return [f"cluster.{field}={processes}" for field in ("gpus", "gpus_per_node", "scale_up_domain")]
+    overrides = [f"launch.nodes={nodes}"] if nodes is not None else []
+    if processes is not None:
+        overrides += [f"cluster.{field}={processes}" for field in ("gpus", "gpus_per_node", "scale_up_domain")]
+    return overrides
 
 
 def dry_run(spec: RunSpec, ranks: list[int] | None = None) -> dict[str, Any]:
@@ -282,11 +365,12 @@ STATE = ("weights", "gradients", "optimizer")
 """What of a device's memory a dry run counts."""
 
 
-def with_layout(spec: RunSpec, resume: bool = False) -> RunSpec:
+def with_layout(spec: RunSpec, resume: bool = False, device: str = "local") -> RunSpec:
     """The run with the degrees that its spec leaves to `auto` made numbers: the planner's best that `train` can do.
 
     Degrees that the spec states stay. Where the planner has none, data parallelism takes what the others leave, and a
     warning says why. A resumed run keeps the layout that it has, unless it now has another number of processes.
+    `device` is what a process has: a share of this machine, or what an engine's cluster is made of.
 
     Raises
     ------
@@ -304,7 +388,7 @@ def with_layout(spec: RunSpec, resume: bool = False) -> RunSpec:
         return before
     reason = "train can do none of its layouts"
     try:
-        for laid_out in ranked(spec, device_spec("local")):
+        for laid_out in ranked(spec, device_spec(device)):
             candidate = _with_degrees(spec, laid_out)
             if _accepted(candidate):
                 return candidate

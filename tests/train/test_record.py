@@ -105,3 +105,10 @@ def test_a_status_of_a_newer_version_with_more_keys_is_read(home: Path) -> None:
     values = json.loads((folder / "status.json").read_text())
     (folder / "status.json").write_text(json.dumps({**values, "from_the_future": 1}))
     assert RunRecord("run").status().state == "finished"
+
+
+def test_a_run_on_another_machine_is_taken_at_its_word_and_stopped_there(home: Path) -> None:
+    _make_run("far", state="running", pid=1, process_started=1.0, host="another-machine")
+    assert RunRecord("far").status().state == "running"
+    with pytest.raises(OperationError, match="process 1 on another-machine: stop it there"):
+        RunRecord("far").stop()

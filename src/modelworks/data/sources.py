@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from modelworks.data.records import ACCEPTED, Document, Record, is_measured, kind_of, read_file, record_from
+from modelworks.data.remote import is_url, staged
 from modelworks.spec.errors import InputError, OperationError
+from modelworks.spec.home import data_folder
 from modelworks.spec.run import DataSpec
 
 _NOT_TEXT = {"__pycache__", "site-packages", "dist-packages", "lib-dynload", "encodings"}
@@ -31,6 +33,8 @@ class Source:
     spec: DataSpec
     files: list[Path] = field(default_factory=list)
     """In the order in which they are read."""
+    fetched: dict[Path, list[Any]] = field(default_factory=dict)
+    """Of those that come from elsewhere: what tells each from another version of it."""
 
     @property
     def measured_bytes(self) -> int | None:
@@ -41,9 +45,8 @@ class Source:
         return min(total, self.spec.max_bytes or total)
 
     def fingerprint(self) -> list[list[Any]]:
-        """What changes when an input does: path, size and time of change of each file."""
-        states = [(path, path.stat()) for path in self.files]
-        return [[str(path), state.st_size, state.st_mtime_ns] for path, state in states]
+        """What changes when an input does: path, size and time of change of each file, or what its file system says."""
+        return [self.fetched.get(path) or _version(path) for path in self.files]
 
     def records(self) -> Iterator[Record]:
         """Every record of the source.
@@ -79,8 +82,10 @@ def open_source(spec: DataSpec) -> Source:
     if spec.source == "stdlib":
         return Source(spec, standard_library())
     if spec.source == "files":
-        found = [path for given in spec.files for path in _matching(given)]
-        return Source(spec, list(dict.fromkeys(found)))
+        found: dict[Path, list[Any] | None] = {}
+        for given in spec.files:
+            found |= _fetched(given) if is_url(given) else dict.fromkeys(_matching(given))
+        return Source(spec, list(found), {path: version for path, version in found.items() if version is not None})
     local = Path(dataset_name(spec)[0])
     return Source(spec, sorted(path for path in local.rglob("*") if path.is_file()) if local.is_dir() else [])
 
@@ -134,6 +139,20 @@ def _matching(given: str) -> list[Path]:
     if not found:
         raise InputError(f"data.files: {given!r} holds nothing that is read; accepted are {ACCEPTED}")
     return found
+
+
+def _fetched(url: str) -> dict[Path, list[Any] | None]:
+    """The files that a URL of `data.files` stands for, fetched to this machine."""
+    files = staged(url, data_folder() / "fetched")
+    found: dict[Path, list[Any] | None] = {path: version for path, version in files if kind_of(path) is not None}
+    if not found:
+        raise InputError(f"data.files: {url!r} holds nothing that is read; accepted are {ACCEPTED}")
+    return found
+
+
+def _version(path: Path) -> list[Any]:
+    state = path.stat()
+    return [str(path), state.st_size, state.st_mtime_ns]
 
 
 def _is_hidden(path: Path) -> bool:

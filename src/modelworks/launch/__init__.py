@@ -1,1 +1,1 @@
-"""Puts a run on an engine: today this machine (`launch.local`)."""
+"""Puts a run on an engine: this machine (`launch.local`), Slurm, Kubernetes, Ray (`launch.engines`)."""

@@ -1,10 +1,11 @@
-"""The processes of one run on this machine, under torchrun's agent: started together, and again when one is lost.
+"""A node's processes of one run, under torchrun's agent: started together, and again when one is lost.
 
-The agent runs in a thread of the process that asked for it, so that the processes are its children: they can be
-signalled by it, and they notice when it is gone. What ends a process decides what follows. A code that says "no
-attempt will do better" ends the run; anything else (killed, out of memory, hung, lost its peers) starts all processes
-again, which take up the last checkpoint, as long as attempts get further than the ones before them. Once one has
-failed the others have nothing to wait for: they are given a moment for their last words and are then killed.
+The agents of several nodes meet (`launch.meeting`); what one of them starts again, all do. The agent runs in a thread
+of the process that asked for it, so that the processes are its children: they can be signalled by it, and they notice
+when it is gone. What ends a process decides what follows. A code that says "no attempt will do better" ends the run;
+anything else (killed, out of memory, hung, lost its peers) starts all processes again, which take up the last
+checkpoint, as long as attempts get further than the ones before them. Once one has failed the others have nothing to
+wait for: they are given a moment for their last words and are then killed.
 """
 
 from __future__ import annotations
@@ -16,23 +17,32 @@ import signal
 import sys
 import threading
 import time
-import uuid
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import Popen, TimeoutExpired
 from typing import TYPE_CHECKING, Any, Protocol
 
+import psutil
+
+from modelworks.launch.losses import LostError
+
 if TYPE_CHECKING:
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+
+    from modelworks.launch.meeting import Meeting
 
 logger = logging.getLogger(__name__)
 ATTEMPTS_WITHOUT_PROGRESS = 3
 _ATTEMPTS = 1_000_000
 """What the agent is told; how many are useful is decided by the progress they make."""
+_LOST_PEERS = 1
+"""What a process ends with whose peers are gone (or that has a defect): no fault of its node."""
 _MONITOR_S = 0.2
 _LAST_WORDS_S = 2.0
 """How long a process whose peers are lost may take to end before it is killed."""
+_MEETING_S = 3.0
+"""How long an agent that was told to end may take to notice; one that waits for other nodes never does."""
 
 
 class Watch(Protocol):
@@ -79,6 +89,13 @@ class Processes:
         A number that grows as the work gets on.
     watch
         Finds the processes that hang, which are then killed.
+    meeting
+        Where they meet those of other nodes; they are alone without it.
+
+    Raises
+    ------
+    LostError
+        While waiting, if the other nodes are gone.
     """
 
     def __init__(
@@ -89,24 +106,43 @@ class Processes:
         final_codes: Collection[int],
         progress: Callable[[], float],
         watch: Watch | None = None,
+        meeting: Meeting | None = None,
     ) -> None:
+        from modelworks.launch.meeting import Meeting
+
         self.failure: Failure | None = None
         """What ended the work, once it has ended badly."""
-        self.restarts = 0
         self._final_codes, self._progress = frozenset(final_codes), progress
         self._reached, self._futile, self._stopping = progress(), 0, False
+        self._meeting = meeting or Meeting()
         ends = _Ends(log_folder, self._final_codes, watch)
-        self._agent = _agent(list(arguments), count, log_folder, ends, self._on_failure)
+        self._agent = _agent(list(arguments), count, log_folder, ends, self, self._meeting)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="agent", daemon=True)
         self._thread.start()
 
     def wait(self, timeout_s: float) -> bool:
         """Wait until the work has ended, well or badly; whether it has."""
+        from torch.distributed.elastic.rendezvous.api import RendezvousError
+
         self._thread.join(timeout_s)
+        if isinstance(self._error, RendezvousError) and self._stopping:
+            return True
+        if isinstance(self._error, RendezvousError):
+            raise LostError(f"the other nodes are lost: {self._error}") from self._error
         if self._error is not None:
             raise self._error
         return not self._thread.is_alive()
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the processes were told to end."""
+        return self._stopping
+
+    @property
+    def at_work(self) -> bool:
+        """Whether there are processes now; between attempts there are none."""
+        return any(_alive(worker.id) for worker in self._agent.get_worker_group().workers)
 
     def signal(self, number: int) -> None:
         """Send a signal to every process; what they end with is then the end."""
@@ -116,8 +152,9 @@ class Processes:
                 _send(worker.id, number)
 
     def kill(self) -> None:
-        """End every process at once."""
-        while self._thread.is_alive():
+        """End every process at once; an agent that waits for other nodes is left to itself and starts no more."""
+        deadline = time.monotonic() + _MEETING_S
+        while self._thread.is_alive() and (self.at_work or time.monotonic() < deadline):
             self.signal(signal.SIGKILL)
             self._thread.join(_MONITOR_S)
 
@@ -126,8 +163,10 @@ class Processes:
             self._agent.run()
         except BaseException as error:  # noqa: BLE001 - it belongs to whoever waits
             self._error = error
+        finally:
+            self._agent.get_worker_group().spec.rdzv_handler.shutdown()
 
-    def _on_failure(self, failure: Failure) -> bool:
+    def goes_on_after(self, failure: Failure) -> bool:
         """Whether another attempt is worth it."""
         reached = self._progress()
         self._futile = 0 if reached > self._reached else self._futile + 1
@@ -135,7 +174,8 @@ class Processes:
         if self._stopping or failure.exit_code in self._final_codes or self._futile >= ATTEMPTS_WITHOUT_PROGRESS:
             self.failure = failure
             return False
-        self.restarts += 1
+        if failure.exit_code != _LOST_PEERS:
+            self._meeting.note_loss(str(failure))
         logger.warning("%s; all are started again from the last checkpoint", failure)
         return True
 
@@ -185,18 +225,21 @@ class _Ends:
 
 
 def _agent(
-    arguments: list[str], count: int, log_folder: Path, ends: _Ends, on_failure: Callable[[Failure], bool]
+    arguments: list[str], count: int, log_folder: Path, ends: _Ends, work: Processes, meeting: Meeting
 ) -> LocalElasticAgent:
-    """torchrun's agent for one machine, which asks `on_failure` before it starts the processes again."""
-    from torch.distributed.elastic import rendezvous
+    """torchrun's agent for one node, which asks `work` before it starts the processes again."""
     from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
     from torch.distributed.elastic.multiprocessing.api import SubprocessContext
-    from torch.distributed.elastic.rendezvous import registry
+    from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousError
+
+    handler = meeting.handler()
 
     class Agent(LocalElasticAgent):
         def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+            if work.stopping:
+                raise RendezvousClosedError("the processes were told to end before they were started")
             ends.starting()
             started: dict[int, Any] = super()._start_workers(worker_group)
             return started
@@ -204,35 +247,32 @@ def _agent(
         def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
             context = self._pcontext
             assert isinstance(context, SubprocessContext)
-            processes = {number: handler.proc for number, handler in context.subprocess_handlers.items()}
+            processes = {number: started.proc for number, started in context.subprocess_handlers.items()}
             failure = ends.look(processes)
             if failure is None and any(process.poll() is None for process in processes.values()):
                 return RunResult(state=WorkerState.HEALTHY)
             result: RunResult = super()._monitor_workers(worker_group)
-            if failure is not None and not on_failure(failure):
+            if failure is not None and not work.goes_on_after(failure):
                 self._remaining_restarts = 0
+                with contextlib.suppress(RendezvousError):
+                    handler.set_closed()  # no other node is to wait for this one
             return result
+
+        def _rendezvous(self, worker_group: WorkerGroup) -> None:
+            super()._rendezvous(worker_group)
+            # A restart's number is the round's, and so the same on all nodes.
+            self._remaining_restarts = _ATTEMPTS - handler.round
 
     # The agent's own words are for its developers.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    meeting = rendezvous.RendezvousParameters(
-        backend="c10d",
-        endpoint="127.0.0.1:0",
-        run_id=uuid.uuid4().hex,
-        min_nodes=1,
-        max_nodes=1,
-        local_addr="127.0.0.1",
-        is_host="true",
-    )
     spec = WorkerSpec(
         role="train",
         local_world_size=count,
         entrypoint=sys.executable,
         args=tuple(arguments),
-        rdzv_handler=registry.get_rendezvous_handler(meeting),
+        rdzv_handler=handler,
         max_restarts=_ATTEMPTS,
         monitor_interval=_MONITOR_S,
-        local_addr="127.0.0.1",
     )
     logs = DefaultLogsSpecs(str(log_folder), redirects=Std.ALL, tee={0: Std.ERR})
     return Agent(spec, logs)
@@ -245,6 +285,15 @@ def _kill(process: Popen[bytes]) -> None:
             os.killpg(process.pid, signal.SIGKILL)
         with contextlib.suppress(TimeoutExpired):
             process.wait(_LAST_WORDS_S)
+
+
+def _alive(process: Any) -> bool:
+    if not isinstance(process, int):
+        return False
+    try:
+        return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _send(process: int, number: int) -> None:

@@ -22,6 +22,8 @@ from modelworks.spec.model import ModelSpec
 from modelworks.spec.run import RunSpec
 
 _PRESETS: dict[str, catalog.Kind] = {"model": "models", "cluster": "clusters"}
+_OPEN_TABLES = ("model.rope_scaling.", "simulate.causes.", "launch.environment.", "launch.kubernetes.node_selector.")
+"""Tables whose keys are the user's own."""
 _MODEL_EXAMPLE = 'give a preset (model = "grok-tiny"), a config (model.hf = "config.json") or the fields themselves'
 
 
@@ -136,7 +138,7 @@ def _with_paths(data: Mapping[str, Any], folder: Path | None) -> dict[str, Any]:
     data = dict(data)
     files, tokenizer = data.get("files"), data.get("tokenizer")
     if isinstance(files, list):
-        data["files"] = [_from_folder(file, folder) if isinstance(file, str) else file for file in files]
+        data["files"] = [_from_folder(file, folder) if _is_path(file) else file for file in files]
     if isinstance(tokenizer, str) and tokenizer != "bpe":
         data["tokenizer"] = _from_folder(tokenizer, folder)
     return data
@@ -148,6 +150,11 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         inner = merged.get(key)
         merged[key] = _merge(inner, value) if isinstance(inner, Mapping) and isinstance(value, Mapping) else value
     return merged
+
+
+def _is_path(file: Any) -> bool:
+    """Whether an entry of `data.files` is a path, and not a URL."""
+    return isinstance(file, str) and "://" not in file
 
 
 def _from_folder(path: str, folder: Path | None) -> str:
@@ -169,7 +176,7 @@ def _override(values: dict[str, Any], override: str) -> None:
     known = [*dotted_keys(RunSpec), "model.hf"]
     if not equals or not field:
         raise InputError(f"--set {override!r} is not accepted: it is written field=value, such as train.seq_len=512")
-    if field not in known and not field.startswith(("model.rope_scaling.", "simulate.causes.")):
+    if field not in known and not field.startswith(_OPEN_TABLES):
         raise InputError(
             f"--set {field}: unknown field; "
             + nearest(field, known, [k for k in known if k.rsplit(".", 1)[-1] == field])

@@ -5,7 +5,7 @@
     home()/
       models/NAME/          models that can be served: NAME.gguf and model.json
       runs/NAME/            run.toml, plan.json, data.json, status.json, metrics.jsonl, tokenizer.json, checkpoints/,
-                            release/
+                            release/; on an engine also engine.json and nodes/
       data/HASH/            packed tokens, shared by runs with the same data section
       hardware.toml         what `modelworks bench` measured
       modelworks.db         conversations
@@ -18,6 +18,9 @@ import tempfile
 from pathlib import Path
 
 from platformdirs import user_data_path
+
+ENGINE_FILE = "engine.json"
+"""In the folder of a run that was given to an engine: to which, and as what."""
 
 
 def home() -> Path:

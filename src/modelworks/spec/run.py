@@ -13,6 +13,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from modelworks.spec.fields import Bytes, Count, Duration, Fraction, PositiveFloat, PositiveInt, Section
 from modelworks.spec.hardware import ClusterSpec
+from modelworks.spec.launch import LaunchSpec
 from modelworks.spec.model import ModelSpec
 from modelworks.spec.simulation import SimulateSpec
 
@@ -155,6 +156,15 @@ class CheckpointSpec(Section):
     """How many are kept."""
     asynchronous: bool = True
     """Whether they are written while the next steps are made; the loop then waits for a copy in memory alone."""
+    to: str | None = None
+    """Where checkpoints are copied as well, in a folder of the run's name: any URL that fsspec knows, such as
+    `s3://bucket/runs`."""
+
+    @model_validator(mode="after")
+    def _is_url(self) -> CheckpointSpec:
+        if self.to is not None and not re.fullmatch(r"[a-z][a-z0-9+.-]*://.+", self.to):
+            raise ValueError(f"checkpoint.to = {self.to!r} is not accepted: a URL is, such as s3://bucket/runs")
+        return self
 
 
 class GuardSpec(Section):
@@ -205,6 +215,7 @@ class RunSpec(Section):
     checkpoint: CheckpointSpec = CheckpointSpec()
     guard: GuardSpec = GuardSpec()
     release: ReleaseSpec = ReleaseSpec()
+    launch: LaunchSpec = LaunchSpec()
     simulate: SimulateSpec = SimulateSpec()
 
     @model_validator(mode="after")
@@ -238,7 +249,14 @@ class RunSpec(Section):
         self._fills_stages()
         self._fills_cluster()
         self._fills_global_batch()
+        if self.cluster.gpus % self.nodes:
+            raise ValueError(f"launch.nodes = {self.nodes} doesn't divide cluster.gpus = {self.cluster.gpus}")
         return self
+
+    @property
+    def nodes(self) -> int:
+        """Over how many nodes an engine spreads the run."""
+        return self.launch.nodes or self.cluster.nodes
 
     def _fits_vision(self) -> None:
         """Refuse more images than a sequence holds, and a tensor degree that doesn't split the vision tower."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import platform
 import signal
 import time
 import tomllib
@@ -21,7 +22,7 @@ import psutil
 
 from modelworks.spec.errors import InputError, OperationError
 from modelworks.spec.fields import nearest, validate
-from modelworks.spec.home import runs_folder, write_atomically
+from modelworks.spec.home import ENGINE_FILE, runs_folder, write_atomically
 from modelworks.spec.run import RunSpec
 
 State = Literal["preparing", "running", "finished", "stopped", "failed", "crashed"]
@@ -41,6 +42,8 @@ class Status:
     pid: int | None = None
     process_started: float | None = None
     """When the process began, as the system states it: with `pid` it names one process for ever."""
+    host: str | None = None
+    """The machine that the process runs on."""
     started: float | None = None
     updated: float | None = None
     step: int = 0
@@ -64,6 +67,11 @@ class Status:
     def active(self) -> bool:
         """Whether a process is at work on the run."""
         return self.state in ACTIVE
+
+    @property
+    def here(self) -> bool:
+        """Whether that process is, or was, on this machine."""
+        return self.host in (None, platform.node())
 
 
 class RunRecord:
@@ -89,17 +97,27 @@ class RunRecord:
         """The run's name: that of its folder."""
         return self.folder.name
 
+    @property
+    def on_engine(self) -> bool:
+        """Whether the run was given to an engine, which alone knows whether it is at work."""
+        return (self.folder / ENGINE_FILE).exists()
+
     def spec(self) -> RunSpec:
         """The spec that the run was started with."""
         text = (self.folder / "run.toml").read_text(encoding="utf-8")
         return validate(RunSpec, tomllib.loads(text), where=str(self.folder / "run.toml"))
 
     def status(self) -> Status:
-        """Where the run stands now; a run whose process is gone without a last word is `crashed`."""
+        """Where the run stands now; a run whose process is gone without a last word is `crashed`. What is trained on
+        another machine, or on an engine, is taken at its word."""
         status = read_status(self.folder)
+        if status is None and self.on_engine:
+            return Status("preparing")
         if status is None:
             begun = (self.folder / "run.toml").stat().st_mtime
             return Status("preparing" if time.time() - begun < STARTUP_S else "crashed", started=begun)
+        if not status.here or self.on_engine:
+            return status
         if status.active and _process(status) is None:
             # The process may have written its last word between our reading and our looking for it.
             status = read_status(self.folder) or status
@@ -148,6 +166,10 @@ class RunRecord:
         """
         status = self.status()
         process = _process(status)
+        if self.on_engine:
+            raise OperationError(f"run {self.name} was given to an engine: modelworks runs stop {self.name}")
+        if not status.here:
+            raise OperationError(f"run {self.name} is trained by process {status.pid} on {status.host}: stop it there")
         if not status.active or process is None:
             raise OperationError(f"run {self.name} is not at work: it is {status.state}")
         try:
@@ -226,14 +248,16 @@ def write_status(folder: Path, status: Status) -> None:
 
 def own_process() -> dict[str, Any]:
     """This process's identity, as fields of a `Status`."""
-    process = psutil.Process()
-    return {"pid": process.pid, "process_started": process.create_time()}
+    return _identity(psutil.Process())
 
 
 def parent_process() -> dict[str, Any]:
     """The identity of the process that started this one, as fields of a `Status`."""
-    parent = psutil.Process(os.getppid())
-    return {"pid": parent.pid, "process_started": parent.create_time()}
+    return _identity(psutil.Process(os.getppid()))
+
+
+def _identity(process: psutil.Process) -> dict[str, Any]:
+    return {"pid": process.pid, "process_started": process.create_time(), "host": platform.node()}
 
 
 def _process(status: Status) -> psutil.Process | None:

@@ -41,6 +41,7 @@ _MAY_CHANGE = {
     "release": None,
     "cluster": None,
     "parallel": None,
+    "launch": None,
 }
 """What a resume may change: fields of a section, or (None) the whole section."""
 
@@ -200,10 +201,11 @@ def _check(folder: Path, spec: RunSpec, resume: bool) -> None:
             f"such as --set name={folder.name}-2"
         )
     if has_checkpoint:
-        _refuse_changes(RunRecord(folder).spec(), spec)
+        refuse_changes(RunRecord(folder).spec(), spec)
 
 
-def _refuse_changes(before: RunSpec, now: RunSpec) -> None:
+def refuse_changes(before: RunSpec, now: RunSpec) -> None:
+    """Refuse to go on with a run under a spec that would have given other weights."""
     old, new = before.model_dump(mode="json"), now.model_dump(mode="json")
     for section, values in new.items():
         may_change = _MAY_CHANGE.get(section, set())
@@ -213,6 +215,6 @@ def _refuse_changes(before: RunSpec, now: RunSpec) -> None:
             if field not in may_change and value != old[section][field]:
                 raise InputError(
                     f"--resume: {section}.{field} = {value!r} differs from the run's {old[section][field]!r}; only "
-                    "train.tokens, train.max_time, what is logged and validated, [checkpoint], [guard] and [release] "
-                    "may change"
+                    "train.tokens, train.max_time, what is logged and validated, [checkpoint], [guard], [launch] and "
+                    "[release] may change"
                 )
