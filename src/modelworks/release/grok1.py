@@ -278,7 +278,7 @@ class Release:
                 continue
             values = torch.empty(place.shape[-2:])
             self._fill(place.ours, one, values)
-            for rows in values.split(max(1, _CHUNK // values.shape[-1])):
+            for rows in torch.split(values, max(1, _CHUNK // values.shape[-1])):
                 yield quantization.encoded(rows.numpy(), kind)
 
     def _fill(self, ours: str, content: np.ndarray | QuantizedTensor, target: Tensor) -> None:

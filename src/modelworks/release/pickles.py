@@ -212,9 +212,9 @@ class _RestrictedUnpickler(pickle._Unpickler):
 
     def load_view(self) -> None:
         """A bytearray of the pickle, which nothing here changes, as a view too."""
-        self.append(self.read(int.from_bytes(self.read(8), "little")))
+        self.append(self.read(int.from_bytes(self.read(8), "little")))  # type: ignore[attr-defined]
 
-    dispatch = {**pickle._Unpickler.dispatch, pickle.BYTEARRAY8[0]: load_view}
+    dispatch = {**pickle._Unpickler.dispatch, pickle.BYTEARRAY8[0]: load_view}  # type: ignore[dict-item]
 
     def persistent_load(self, _: Any) -> Any:
         """References to objects outside of the file are not for arrays."""
