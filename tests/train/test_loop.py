@@ -23,7 +23,7 @@ from modelworks.train.session import open_run
 from modelworks.train.view import NoView
 
 MakeSpec = Callable[..., RunSpec]
-TIMING = {"time_s", "step_time_s", "tokens_per_s", "mfu"}
+TIMING = {"time_s", "step_time_s", "reasons", "tokens_per_s", "mfu"}
 
 
 def _train(spec: RunSpec, resume: bool = False) -> TrainResult:

@@ -23,7 +23,7 @@ from modelworks.train.record import RunRecord
 pytestmark = pytest.mark.slow
 MakeSpec = Callable[..., RunSpec]
 WriteSpec = Callable[[RunSpec], Path]
-TIMING = {"time_s", "step_time_s", "tokens_per_s", "mfu"}
+TIMING = {"time_s", "step_time_s", "reasons", "tokens_per_s", "mfu"}
 
 
 class Command:
