@@ -16,6 +16,7 @@ from modelworks.launch.kubernetes import Kubernetes, job_of, manifests, object_n
 from modelworks.spec.errors import InputError
 from modelworks.spec.files import loads_run, run_from
 from modelworks.spec.run import RunSpec
+from modelworks.train_command import with_layout
 
 kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="pip install kubernetes-validate")
 trainer_api = pytest.importorskip("kubeflow_trainer_api.models", reason="pip install kubeflow-trainer-api")
@@ -208,5 +209,6 @@ def test_a_dry_run_writes_the_manifests_to_a_file(home: Path, tmp_path: Path, wr
     words = ["train", str(write_run(_run(LEAST))), "--on", "kubernetes", "--dry-run", "--out", str(out)]
     done = subprocess.run([sys.executable, "-m", "modelworks", *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert list(yaml.safe_load_all(out.read_text())) == manifests(_run(LEAST))
+    run = _run(LEAST)
+    assert list(yaml.safe_load_all(out.read_text())) == manifests(with_layout(run, device=run.cluster.device))
     assert not (home / "runs").exists()

@@ -255,7 +255,8 @@ def test_words_in_a_spec_cannot_become_shell_commands(make_run: MakeRun, tmp_pat
         (["--on", "slurm", "--nodes", "3"], "launch.nodes = 3 doesn't divide cluster.gpus = 2"),
         (["--on", "moon"], "--on moon is not accepted: local, slurm, kubernetes, ray are"),
         (["--nodes", "2"], "--nodes 2 is not accepted: this machine is one node"),
-        (["--dry-run"], "--dry-run is not accepted with --on local"),
+        (["--on", "slurm", "--dry-run", "--rank", "1"], "--rank 1 is not accepted here"),
+        (["--out", "job.sh"], "job.sh is not accepted here"),
         (["--on", "slurm", "--set", 'launch.slurm.options=["nice"]'], "'nice' is not accepted"),
     ],
 )

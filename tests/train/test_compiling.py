@@ -55,7 +55,7 @@ def test_compiled_blocks_give_every_parameter_the_gradient_of_the_blocks_as_they
     assert try_compile(network, lambda: loss().backward())  # type: ignore[no-untyped-call]
     got_loss, got = gradients()
     again_loss, again = gradients()
-    tolerance = 0.1 if bfloat16 else 1e-4  # fused operations round to bf16 less often
+    tolerance = 0.2 if bfloat16 else 1e-4  # fused operations round to bf16 less often
     torch.testing.assert_close(got_loss, expected_loss, rtol=tolerance / 10, atol=0.0)
     for name, wanted_gradient in expected.items():
         difference = (got[name] - wanted_gradient).norm() / wanted_gradient.norm()

@@ -112,6 +112,8 @@ class Processes:
 
         self.failure: Failure | None = None
         """What ended the work, once it has ended badly."""
+        self.restarts = 0
+        """How often a failure here had all start again."""
         self._final_codes, self._progress = frozenset(final_codes), progress
         self._reached, self._futile, self._stopping = progress(), 0, False
         self._meeting = meeting or Meeting()
@@ -176,6 +178,7 @@ class Processes:
             return False
         if failure.exit_code != _LOST_PEERS:
             self._meeting.note_loss(str(failure))
+        self.restarts += 1
         logger.warning("%s; all are started again from the last checkpoint", failure)
         return True
 
