@@ -101,7 +101,7 @@ def test_a_run_that_loses_a_ray_node_ends_on_another_with_the_weights_of_an_undi
     losses = {run: [row["loss"] for row in record_of(run).metrics()] for run in ("lost", "whole")}
     assert losses["lost"] == losses["whole"]
     weights = tensors_of("lost", steps)
-    assert len(weights) > 100
+    assert len(weights) > 50
     assert weights == tensors_of("whole", steps)
 
 

@@ -120,7 +120,7 @@ def test_a_run_that_loses_a_node_is_requeued_and_ends_with_the_weights_of_an_und
     modelworks("train", write_run(make_run("whole", steps)), "--nproc", "2")
     assert _losses("lost") == _losses("whole")
     weights = tensors_of("lost", steps)
-    assert len(weights) > 100
+    assert len(weights) > 50
     assert weights == tensors_of("whole", steps)
 
 
