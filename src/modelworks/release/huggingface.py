@@ -27,7 +27,7 @@ from modelworks.spec.model import ModelSpec
 
 Progress = Callable[[str, int, int], None]
 """Told (what is done now, how many are done, of how many)."""
-SHARD_BYTES = 2 << 30
+SHARD_BYTES = 1 << 30
 """Size at which a new safetensors file is begun."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
