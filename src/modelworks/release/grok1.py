@@ -1,7 +1,8 @@
 """Grok-1's released checkpoint, turned into a Hugging Face folder or a GGUF file a few rows at a time.
 
-The whole has 318 GB, of which little is in memory at a time: files are mapped, values are made block by block, and an import that was interrupted goes on with the next file or tensor. In a Q8_0 file the eight-bit values stay
-what they are, since a block of 32 of them has one scale in the release too.
+The whole has 318 GB, of which little is in memory at a time: files are mapped, values are made block by block, and an
+import that was interrupted goes on with the next file or tensor. In a Q8_0 file the eight-bit values stay what they
+are, since a block of 32 of them has one scale in the release too.
 
 The release is a folder ``ckpt-0`` of pickles ``tensorNNNNN_000``, in the order in which JAX flattens the parameters:
 their paths sorted as text, so that layer 10 comes before layer 2. Matrices are (in, out) and mostly in eight bits.
