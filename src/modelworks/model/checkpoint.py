@@ -18,6 +18,7 @@ import errno
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import warnings
@@ -111,7 +112,7 @@ def save(
     return target
 
 
-def newest_good_until(run_folder: Path, step: int) -> Path | None:
+def newest_good_until(run_folder: Path, step: float) -> Path | None:
     """The newest whole checkpoint of at most so many steps; nothing if there is none."""
     for folder in folders(run_folder):
         if step_of(folder) <= step:
@@ -182,13 +183,9 @@ def newest_good(run_folder: Path) -> Path:
     candidates = folders(run_folder)
     if not candidates:
         raise OperationError(f"run {run_folder.name} has no checkpoint yet")
-    for folder in candidates:
-        try:
-            verify(folder)
-        except OperationError as error:
-            logger.warning("%s; an older checkpoint is used", error)
-        else:
-            return folder
+    newest = newest_good_until(run_folder, math.inf)
+    if newest is not None:
+        return newest
     raise OperationError(
         f"none of the {len(candidates)} checkpoints of run {run_folder.name} is whole; remove {candidates[0].parent} "
         "and train anew"
