@@ -26,6 +26,7 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
 import statistics
 import subprocess
@@ -135,10 +136,11 @@ class Run:
         found = {}
         with contextlib.suppress(psutil.Error):
             assert self.process is not None
-            for child in psutil.Process(self.process.pid).children():
-                with contextlib.suppress(psutil.Error, KeyError):
-                    if "modelworks.train.worker" in child.cmdline():
-                        found[int(child.environ()["RANK"])] = child
+            for child in psutil.Process(self.process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.Error, IndexError):
+                    title = re.match(r"process (\d+): -m modelworks\.train\.worker ", child.cmdline()[0])
+                    if title:
+                        found[int(title[1])] = child
         return found
 
     def saved(self, damaged: Collection[int] = ()) -> list[int]:
