@@ -371,7 +371,7 @@ def predicted(run: RunSpec, faults: list[Fault], rows: list[dict[str, Any]], ela
 
     stops = [fault for fault in faults if fault.kind != "slow"]
     slowed_s = sum(fault.outage_s for fault in faults if fault.kind == "slow")
-    step_s = statistics.median(row["step_time_s"] for row in rows)
+    step_s = statistics.fmean(row["step_time_s"] for row in rows)
     took = [max(step_s, (fault.down_s or 0.0) - fault.outage_s - detect_s(fault) - step_s) for fault in stops]
     restart_s = statistics.fmean(took) if took else 0.0
     with tempfile.TemporaryDirectory() as folder:
@@ -487,7 +487,7 @@ def soak(minutes: float, processes: int, every_s: float, seed: int, say: Callabl
             save_s = seconds_of_a_save(alone)
         log = (home / "soaked.log").read_text(encoding="utf-8", errors="replace")
         faults, rows = injector.faults, run.rows[:steps]
-        step_s = statistics.median(row["step_time_s"] for row in rows)
+        step_s = statistics.fmean(row["step_time_s"] for row in rows)
         lost = [fault.lost_steps for fault in faults if fault.kind != "corrupt"]
         damaged = [fault.lost_steps for fault in faults if fault.kind == "corrupt"]
         return {
