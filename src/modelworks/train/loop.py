@@ -157,7 +157,7 @@ class Trainer:
         torch.manual_seed(self.train_spec.seed)
         with torch.device("meta"):
             self.decoder = Decoder(self.spec.model)
-        self.parallel.apply(self.decoder, self.spec.parallel, self.precision.autocast, seed=self.train_spec.seed)
+        self.parallel.apply(self.decoder, self.spec.parallel, self.precision, seed=self.train_spec.seed)
         self.optimizers = Optimizers(self.decoder, self.train_spec, self.precision.dtype, self.parallel.whole)
         self.saving = Saving(
             self.folder, self.spec.checkpoint.keep, self.ranks, asynchronous=self.spec.checkpoint.asynchronous

@@ -26,6 +26,9 @@ class Precision:
         return torch.autocast("cpu", dtype=self.dtype)
 
 
+FP32 = Precision("fp32", torch.float32)
+
+
 def resolve(stated: Literal["auto", "fp32", "bf16", "fp8"]) -> Precision:
     """The precision that a spec states, or the faster one of this machine.
 
