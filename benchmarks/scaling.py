@@ -223,7 +223,10 @@ def member(rank: int, case: Case, folder: Path, precision: str, rounds: int, ste
             stage = case.parallel.get("zero_stage", 2)
             runners.append(Plain(case.rival, stage, trainer, case.processes, rank).step)
         first = [runner() for runner in runners]
-        if len(first) == 2 and not math.isclose(*first, rel_tol=1e-4 if precision == "fp32" else 2e-2):
+        # Where a data shard has more sequences than the rival's, so has a micro batch, and the experts' balance is
+        # that of another micro batch.
+        tolerance = 2e-2 if precision == "bf16" else 1e-4 if case.counterpart else 1e-3
+        if len(first) == 2 and not math.isclose(*first, rel_tol=tolerance):
             raise AssertionError(f"{case.name}: the first losses are {first}: not the same work")
         for runner in runners:
             runner()
@@ -315,7 +318,7 @@ def main() -> int:
         chosen = [case for case in cases([int(n) for n in options.processes.split(",")]) if options.only in case.name]
         for place, case in enumerate(chosen, start=1):
             if sys.stderr.isatty():
-                print(f"\r\x1b[K{place} of {len(chosen)}: {case.name}", end="", file=sys.stderr, flush=True)
+                print(f"\r\x1b[K{place} of {len(chosen)}: {case.name}", end="\r", file=sys.stderr, flush=True)
             ours, rival = measure(case, folder, options.precision, options.rounds, options.steps)
             speed = SEQUENCES * LENGTH / statistics.median(ours)
             if case.processes == case.threads == 1:
@@ -334,16 +337,7 @@ def main() -> int:
                     spread=_spread(ratios) if len(ratios) > 3 else None,
                 )
             )
-    if sys.stderr.isatty():
-        print(file=sys.stderr)
-    for result in results:
-        beside = ""
-        if result.ratio is not None:
-            note = "" if result.counterpart else " (no counterpart)"
-            beside = f"  {result.ratio:.3f} of {result.rival}'s time{note}"
-            beside += f", spread {result.spread:.3f}" if result.spread is not None else ""
-        each = "" if result.efficiency is None else f"  {result.efficiency:5.0%} per core"
-        print(f"{result.processes} x  {result.name:26s} {result.tokens_per_s:7,.0f} tokens/s{each}{beside}")
+            print_result(results[-1])
     slow = [result for result in results if result.counterpart and (result.ratio or 0.0) > TARGET]
     print(
         f"slower than plain PyTorch by more than 3 %: {', '.join(f'{r.name} on {r.processes}' for r in slow) or 'none'}"
@@ -351,6 +345,17 @@ def main() -> int:
     if options.json:
         options.json.write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n", encoding="utf-8")
     return 0
+
+
+def print_result(result: Result) -> None:
+    """One line of the table."""
+    beside = ""
+    if result.ratio is not None:
+        note = "" if result.counterpart else " (no counterpart)"
+        beside = f"  {result.ratio:.3f} of {result.rival}'s time{note}"
+        beside += f", spread {result.spread:.3f}" if result.spread is not None else ""
+    each = "" if result.efficiency is None else f"  {result.efficiency:5.0%} per core"
+    print(f"{result.processes} x  {result.name:26s} {result.tokens_per_s:7,.0f} tokens/s{each}{beside}", flush=True)
 
 
 def _spread(values: list[float]) -> float:

@@ -69,6 +69,20 @@ class Place:
         )
 
 
+@dataclass(frozen=True)
+class Held:
+    """What a process holds of a parameter between its forward and its backward pass."""
+
+    elements: int
+    """That it computes with: what FSDP splits is counted whole."""
+    weights: int
+    """Bytes: what stands gathered, and this process's own shard."""
+    gradients: int
+    """Bytes."""
+    shard: int
+    """Bytes of `weights` that are this process's shard."""
+
+
 class Parallel:
     """A run's processes, arranged by a layout.
 
@@ -262,14 +276,22 @@ class Parallel:
         part = local(tensor)
         return tensor if place is None or part.shape != place.local_shape else place.whole(part)
 
-    def gathered(self, name: str, parameter: Tensor) -> int:
-        """Elements of a parameter that this process computes with: what FSDP splits is counted whole."""
-        place = self._places.get(name)
+    def held(self, name: str, parameter: Tensor) -> Held:
+        """What this process holds of a parameter in a step."""
+        place, width = self._places.get(name), self._gathered_in.get(name)
+        own = local(parameter).nbytes
         if place is None:
-            return parameter.numel()
+            return Held(parameter.numel(), own, own, 0)
         axes = zip(place.mesh.mesh_dim_names or (), place.placements, place.mesh.shape, strict=True)
         parts = math.prod(size for axis, split, size in axes if axis != "shard" and isinstance(split, Shard))
-        return place.shape.numel() // parts
+        whole = place.shape.numel() // parts
+        if width is None:
+            return Held(whole, own, own, 0)
+        one = self.layout
+        layer_by_layer = one.zero_stage == 3 and one.schedule != "zero-bubble" and name.startswith("blocks.")
+        added_up = one.zero_stage < 2 or one.pipeline > 1
+        standing = 0 if layer_by_layer else whole * width.itemsize
+        return Held(whole, standing + own, whole * parameter.element_size() if added_up else own, own)
 
     def purposes(self) -> dict[str, str]:
         """What the network's own exchanges are for, by the names of their groups."""

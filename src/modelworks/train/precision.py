@@ -27,6 +27,7 @@ class Precision:
 
 
 FP32 = Precision("fp32", torch.float32)
+BF16 = Precision("bf16", torch.bfloat16)
 
 
 def resolve(stated: Literal["auto", "fp32", "bf16", "fp8"]) -> Precision:
