@@ -188,7 +188,8 @@ def state_bytes(setting: Setting, candidates: Layouts, parameters: tuple[StagePa
     weight = np.where(fp32, 4.0, float(software.parameter_bytes))
     gradient = np.where(fp32, 4.0, float(software.gradient_bytes))
     masters = 4.0 if software.master_weights and software.parameter_bytes < 4 else 0.0
-    optimizer = np.where(fp32, 8.0, 8.0 + masters)
+    moments = 2.0 * setting.moment_bytes
+    optimizer = np.where(fp32, moments, moments + masters)
     fsdp = software.sharding == "fsdp"
     whole_gradients = (c.zero_stage < 2) | (fsdp & (c.pipeline > 1))
     out = np.empty((len(STAGES), 4, len(c)))
@@ -205,6 +206,11 @@ def state_bytes(setting: Setting, candidates: Layouts, parameters: tuple[StagePa
             out[index, 0] = np.where(gathers, split * weight + standing, out[index, 0])
         out[index, 1] = np.where(whole_gradients, plain + experts, split) * gradient
         out[index, 2] = np.where(c.zero_stage >= 1, split, plain + experts) * optimizer
+        if setting.optimizer == "muon":
+            # It keeps one moment of the layers' matrices.
+            inside = plain - stage.ends - stage.small
+            matrices = np.where(c.zero_stage >= 1, inside / plain_shards + experts / expert_shards, inside + experts)
+            out[index, 2] -= matrices * setting.moment_bytes
         # Sharded weights are gathered two layers at a time; reductions go through a bucket of gradients.
         layer = (plain + experts) / np.maximum(stage.layers, 1.0)
         out[index, 3] = np.where(c.zero_stage == 3, 2.0 * layer * weight + layer * software.gradient_bytes, 0.0)

@@ -374,7 +374,7 @@ def _optimizer(setting: Setting, c: Layouts, parameters: tuple[StageParameters, 
             c.zero_stage >= 1, stage.plain / shards + stage.experts / expert_shards, stage.plain + stage.experts
         )
         everywhere = stage.plain + stage.experts
-        update = local * (4 * software.gradient_bytes + 24.0 + software.parameter_bytes)
+        update = local * (4 * software.gradient_bytes + 8.0 + 4 * setting.moment_bytes + software.parameter_bytes)
         largest = np.maximum(largest, update + everywhere * software.gradient_bytes)
     return setting.kernels.memory_bound(largest / setting.calibration.memory_efficiency)
 

@@ -44,7 +44,7 @@ class Member:
     gradients: int
     optimizer: int
     shards: int
-    """Of `weights`, this process's shards."""
+    """Of `weights`, what it keeps between steps: its shards, and what isn't split."""
     seconds: float
     """How long it took to build."""
 
@@ -93,7 +93,7 @@ def _member(spec: RunSpec, degrees: Layout, rank: int) -> Member:
             weights=sum(each.weights for each in held),
             gradients=sum(each.gradients for each in held),
             optimizer=sum(local(tensor).nbytes for tensor in state.values()),
-            shards=sum(each.shard for each in held),
+            shards=sum(each.own for each in held),
             seconds=time.perf_counter() - begun,
         )
 

@@ -232,7 +232,7 @@ class Trainer:
         try:
             spike = self.spikes.judge(self.step, total, norm, advice)
             if spike is None:
-                self.optimizers.step(factor)
+                self.optimizers.step(factor, self.step)
                 self.loss = total
         finally:
             self.optimizers.zero_grad()

@@ -79,8 +79,8 @@ class Held:
     """Bytes: what stands gathered, and this process's own shard."""
     gradients: int
     """Bytes."""
-    shard: int
-    """Bytes of `weights` that are this process's shard."""
+    own: int
+    """Bytes of `weights` that it keeps between steps: its shard, or all of what isn't split."""
 
 
 class Parallel:
@@ -281,12 +281,12 @@ class Parallel:
         place, width = self._places.get(name), self._gathered_in.get(name)
         own = local(parameter).nbytes
         if place is None:
-            return Held(parameter.numel(), own, own, 0)
+            return Held(parameter.numel(), own, own, own)
         axes = zip(place.mesh.mesh_dim_names or (), place.placements, place.mesh.shape, strict=True)
         parts = math.prod(size for axis, split, size in axes if axis != "shard" and isinstance(split, Shard))
         whole = place.shape.numel() // parts
         if width is None:
-            return Held(whole, own, own, 0)
+            return Held(whole, own, own, own)
         one = self.layout
         layer_by_layer = one.zero_stage == 3 and one.schedule != "zero-bubble" and name.startswith("blocks.")
         added_up = one.zero_stage < 2 or one.pipeline > 1
