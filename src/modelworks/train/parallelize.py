@@ -35,6 +35,7 @@ from modelworks.model.experts import MixtureOfExperts
 from modelworks.model.layers import RMSNorm
 from modelworks.spec.run import ParallelSpec
 from modelworks.train.buckets import Buckets, Summed
+from modelworks.train.fp8 import multiply_in_fp8
 from modelworks.train.grid import mesh_of
 from modelworks.train.layout import Layout
 from modelworks.train.materialize import fill_parts
@@ -167,6 +168,8 @@ class Parallel:
         if one.tensor * one.context * one.expert * one.pipeline > 1:
             split(decoder, self._groups)
             decoder.forward = self._pipeline or SplitForward(decoder, self._groups)  # type: ignore[method-assign, assignment]
+        if precision.name == "fp8":
+            multiply_in_fp8(decoder)
         recompute_activations(decoder, spec or ParallelSpec())
         if one.processes > 1 and one.zero_stage > 0:
             self._shard(decoder, precision)
