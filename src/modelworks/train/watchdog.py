@@ -80,7 +80,7 @@ class Pulse:
             time.sleep(_BEAT_S)
 
     def _write(self) -> None:
-        place = self._place.encode()[: _PLACE_BYTES]
+        place = self._place.encode()[:_PLACE_BYTES]
         os.pwrite(self._file, _SIGNS.pack(self._alive, self._loop, self._patience_s, self._waits, place), 0)
 
 
