@@ -19,8 +19,8 @@ from modelworks.spec.errors import OperationError
 from modelworks.spec.files import run_from
 from modelworks.spec.run import GuardSpec, RunSpec
 from modelworks.train.loop import Trainer, train
-from modelworks.train.record import RunRecord
 from modelworks.train.ranks import Ranks
+from modelworks.train.record import RunRecord
 from modelworks.train.session import MemberSession, open_run
 from modelworks.train.spikes import Rollback, Spikes
 

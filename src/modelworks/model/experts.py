@@ -144,7 +144,7 @@ def grouped_experts(
         lowered = lower(gated, lifted, down, counts, activation)  # (N * K, H)
     else:
         lowered = multiply(gated_activation(gated, lifted, activation), down, counts)
-    chosen = permute(lowered, inverse, order).view(*gates.shape, -1)  # (N, K, H)
+    chosen = permute(lowered, inverse, order).view(*gates.shape, tokens.shape[1])  # (N, K, H)
     return (gates.unsqueeze(-1) * chosen).sum(1).to(tokens.dtype)
 
 
