@@ -5,10 +5,10 @@
 The network is a mixture of experts of 6 million parameters; a step is 8 sequences of 256 tokens, in two micro batches
 on each process. For each layout the same processes hold our trainer, whole (data, exchanges, clipping, AdamW, the
 measurement of what it waits for, the log's line), and a minimal script on the same network and data: PyTorch's DDP
-beside ZeRO 0, FSDP2 with the same resharding beside ZeRO 1 to 3. They take their steps in turn, and the medians of the
-rounds are compared; their first losses must agree. Tensor, context and expert parallelism have no plain counterpart
-that runs here, and are shown beside plain FSDP2 on as many processes. Processes share the cores: per-core efficiency
-is the tokens per second over those of one process with one thread, for each core in use.
+beside ZeRO 0, FSDP2 with the same mesh and resharding beside ZeRO 1 to 3. They take their steps in turn, and the
+medians of the rounds are compared; their first losses must agree. Tensor, context and expert parallelism have no plain
+counterpart that runs here, and are shown beside plain FSDP2 on as many processes. Processes share the cores: per-core
+efficiency is the tokens per second over those of one process with one thread, for each core in use.
 """
 
 from __future__ import annotations
@@ -137,24 +137,28 @@ def _data(case: Case) -> int:
 class Plain:
     """The same network under plain PyTorch: forward, backward, clipping and AdamW, and nothing else."""
 
-    def __init__(self, kind: str, zero_stage: int, trainer: Any, world: int, rank: int) -> None:
+    def __init__(self, case: Case, trainer: Any, rank: int) -> None:
         import torch
+        from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import FSDPModule, fully_shard
         from torch.nn.parallel import DistributedDataParallel
 
         from modelworks.model.decoder import Decoder
 
-        self.kind, self.zero_stage, self.trainer = kind, zero_stage, trainer
-        self.share = SEQUENCES // world
+        self.kind, self.zero_stage, self.trainer = case.rival, case.parallel.get("zero_stage", 2), trainer
+        self.share = SEQUENCES // case.processes
         self.rank, self.at = rank, 0
         decoder = Decoder(trainer.spec.model)
         decoder.initialize(SEED)
-        if kind == "DDP":
+        if self.kind == "DDP":
             self.network: Any = DistributedDataParallel(decoder)
         else:
+            shard = case.parallel.get("shard", case.processes)
+            copies = case.processes // shard
+            mesh = init_device_mesh("cpu", (copies, shard) if copies > 1 else (shard,))
             for block in decoder.blocks:
-                fully_shard(block, reshard_after_forward=zero_stage == 3)
-            self.network = fully_shard(decoder, reshard_after_forward=False)
+                fully_shard(block, mesh=mesh, reshard_after_forward=self.zero_stage == 3)
+            self.network = fully_shard(decoder, mesh=mesh, reshard_after_forward=False)
             for module in decoder.modules():
                 if isinstance(module, FSDPModule):
                     module.set_force_sum_reduction_for_comms(True)
@@ -220,8 +224,7 @@ def member(rank: int, case: Case, folder: Path, precision: str, rounds: int, ste
         ours: Callable[[], float] = lambda: _ours(trainer)  # noqa: E731
         runners = [ours]
         if case.rival:
-            stage = case.parallel.get("zero_stage", 2)
-            runners.append(Plain(case.rival, stage, trainer, case.processes, rank).step)
+            runners.append(Plain(case, trainer, rank).step)
         first = [runner() for runner in runners]
         # Where a data shard has more sequences than the rival's, so has a micro batch, and the experts' balance is
         # that of another micro batch.

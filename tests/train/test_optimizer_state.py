@@ -118,8 +118,11 @@ def test_a_run_learns_as_well_and_resumes_to_the_same_bits(make_spec: MakeSpec, 
 
 
 def test_moments_in_bf16_move_to_other_layouts(text_folder: Path, folder: Path) -> None:  # noqa: F811
-    """Muon's, and AdamW's of what isn't a matrix. Two processes that share experts, then four with stages, then one: the losses of one process all the way, but
-    for what a moment that was rounded the other way, its last fp32 bits being others, does to a weight."""
+    """Muon's, and AdamW's of what isn't a matrix: on two processes that share experts, then four with stages, then one.
+
+    The losses are those of one process all the way, but for what a moment that was rounded the other way, since its
+    last fp32 bits are others, does to a weight.
+    """
 
     def low(name: str, processes: int, **parallel: object) -> RunSpec:
         spec = make("mixture", "muon", text_folder, processes, 3, micro_batch=2, **parallel)

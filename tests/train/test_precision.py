@@ -119,7 +119,7 @@ def test_a_block_s_matrices_are_gathered_in_bf16_and_kept_in_fp32(
     text_folder: Path,
     folder: Path,  # noqa: F811
 ) -> None:
-    """Once a step, with ZeRO 3 for each pass of two micro batches; embedding and last norm in fp32, for each of them."""
+    """Once a step, with ZeRO 3 for each pass of two micro batches; embedding and last norm once, or for each batch."""
     spec = make("mixture", "adamw", text_folder, 2, zero_stage=zero_stage)
     model = spec.model
     assert model.moe is not None

@@ -4,8 +4,8 @@ bf16 has 8 bits: a moving average that a step moves by less than 1/512 of itself
 for ever. So it is rounded up or down at random, such that the expectation is what was to be kept (Gupta et al. 2015,
 arXiv:1502.02551). Two ideas make that cheap, and the same on every layout and after every resume. The random bits of an
 element are the sum, modulo 2^16, of a number for each of its indices: as many are drawn as a matrix has rows and
-columns, each element's sum is uniform, and any two are independent. And these numbers follow from the seed, the tensor's
-name and the step alone, for the whole tensor, of which a process takes those of its part.
+columns, each element's sum is uniform, and any two are independent. And these numbers follow from the seed, the name
+and the step alone, for the whole tensor, of which a process takes those of its part.
 """
 
 from __future__ import annotations
