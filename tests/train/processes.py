@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import atexit
 import multiprocessing
+import multiprocessing.connection
 import os
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -40,14 +42,20 @@ def together(count: int, function: Callable[..., Any], *arguments: Any, timeout_
         try:
             for rank, (_, pipe) in enumerate(_members[:count]):
                 pipe.send((rank, count, Path(folder), dict(os.environ), function, arguments))
-            results = []
-            for rank, (_, pipe) in enumerate(_members[:count]):
-                if not pipe.poll(timeout_s):
-                    raise AssertionError(f"process {rank} of {count} has not answered within {timeout_s:.0f} s")
-                failed, result = pipe.recv()
-                assert not failed, f"process {rank} of {count}:\n{result}"
-                results.append(result)
-            return results
+            results: dict[int, Any] = {}
+            ranks = {pipe: rank for rank, (_, pipe) in enumerate(_members[:count])}
+            deadline = time.monotonic() + timeout_s
+            while ranks:
+                # The first one to fail is shown, and not those that wait for it.
+                ready = multiprocessing.connection.wait(list(ranks), max(0.0, deadline - time.monotonic()))
+                if not ready:
+                    late = ", ".join(map(str, ranks.values()))
+                    raise AssertionError(f"of {count} processes {late} have not answered within {timeout_s:.0f} s")
+                for pipe in ready:
+                    rank = ranks.pop(pipe)
+                    failed, results[rank] = pipe.recv()
+                    assert not failed, f"process {rank} of {count}:\n{results[rank]}"
+            return [results[rank] for rank in range(count)]
         except BaseException:
             _end()
             raise

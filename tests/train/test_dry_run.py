@@ -58,7 +58,7 @@ def test_a_dry_run_counts_what_the_processes_hold(network: str, fields: dict[str
     spec = make(network, optimizer, None, 4, micro_batch=1, **fields)
     real = together(4, held, spec)
     for rank, member in enumerate(members(spec, [0, 1, 2, 3])):
-        assert (member.weights, member.optimizer) == (real[rank]["weights"], real[rank]["optimizer"])
+        assert (member.shards, member.optimizer) == (real[rank]["weights"], real[rank]["optimizer"])
         assert member.groups == real[rank]["groups"]
 
 
@@ -66,7 +66,8 @@ def test_a_dry_run_counts_what_the_processes_hold(network: str, fields: dict[str
     ("gpus", "global_batch", "stated"),
     [
         (1024, None, []),
-        (1024, None, ["parallel.zero_stage=1"]),
+        (1024, None, ["parallel.zero_stage=2"]),
+        (1024, None, ["parallel.zero_stage=3", "train.optimizer_state=bf16"]),
         pytest.param(2048, None, ["parallel.zero_stage=3", "parallel.pipeline=1"], marks=pytest.mark.slow),
         pytest.param(8192, None, [], marks=pytest.mark.slow),
         pytest.param(100_000, None, [], marks=pytest.mark.slow),
@@ -88,8 +89,7 @@ def test_a_planned_run_of_grok_1_holds_what_the_plan_says(
     assert (stages[0], stages[-1]) == ((0, "first"), (report["processes"] - 1, "first" if alone else "last"))
     assert alone or len(stages) == 2 or stages[1][1] == "middle"
     for row in report["ranks"]:
-        # Routers beside experts that are elsewhere stay whole, which shows where everything else is split.
-        assert row["ratio"]["state"] == pytest.approx(1.0, abs=0.03 if "parallel.zero_stage=3" in stated else 0.01), row
+        assert row["ratio"]["state"] == pytest.approx(1.0, abs=0.01), row
 
 
 def test_a_rank_that_is_not_there_is_refused() -> None:

@@ -36,6 +36,8 @@ from modelworks.train.view import NoView
 
 STEPS = 20
 TOLERANCE = 1e-5
+SCHEDULES = (("1f1b", 1), ("interleaved", 2), ("zero-bubble", 1))
+"""With the chunks that each has on a stage."""
 SHALLOW, DEEP = 2, 5
 """Layers of the networks: two, for a pipeline such that they don't divide by its stages, and for many stages five."""
 NETWORKS: dict[str, dict[str, Any]] = {
@@ -47,6 +49,9 @@ NETWORKS: dict[str, dict[str, Any]] = {
         "tied_embeddings": True,
         "moe": {"experts": 4, "top_k": 2, "expert_hidden": 64},
     },
+    # Fewer experts than processes that share their weights, or as many as can't be dealt out evenly.
+    "few": {"moe": {"experts": 2, "top_k": 1, "expert_hidden": 64}},
+    "odd": {"moe": {"experts": 3, "top_k": 2, "expert_hidden": 64}},
     "windowed": {"ffn_hidden": 96, "sliding_window": 10, "nope_interval": 2},
     "biased": {"ffn_hidden": 96, "qkv_bias": True, "sliding_window": 10},
     "dense": {
@@ -114,9 +119,8 @@ def layouts(network: str, processes: int) -> Iterator[dict[str, Any]]:
     """Every combination of degrees, schedule, ZeRO stage and shards that the spec allows on so many processes."""
     degrees = [degree for degree in range(1, processes + 1) if processes % degree == 0]
     axes = ("data", "shard", "context", "tensor", "expert", "expert_tensor", "pipeline")
-    schedules = (("1f1b", 1), ("interleaved", 2), ("zero-bubble", 1))
     for zero_stage, (schedule, virtual_stages), *values in itertools.product(
-        range(4), schedules, *[degrees] * len(axes)
+        range(4), SCHEDULES, *[degrees] * len(axes)
     ):
         fields = {"zero_stage": zero_stage, **dict(zip(axes, values, strict=True))}
         # Where nothing is split over data or context ranks, all ZeRO stages are one, and without a pipeline all
@@ -287,6 +291,61 @@ def test_windows_and_layers_without_positions_are_split_like_the_rest(
     network: str, fields: dict[str, int], text_folder: Path, folder: Path
 ) -> None:
     check_layout(network, "adamw", 2, fields, text_folder, folder)
+
+
+@pytest.mark.parametrize(
+    ("network", "optimizer", "processes", "fields"),
+    [
+        ("odd", "muon", 2, {"zero_stage": 3}),
+        ("few", "adamw", 4, {"zero_stage": 1, "data": 4}),
+        ("few", "muon", 4, {"zero_stage": 3, "data": 4, "expert": 2}),
+    ],
+)
+def test_experts_that_are_too_few_to_be_dealt_out_are_split_within(
+    network: str, optimizer: str, processes: int, fields: dict[str, Any], text_folder: Path, folder: Path
+) -> None:
+    check_layout(network, optimizer, processes, fields, text_folder, folder)
+
+
+AXES = ("data", "context", "tensor", "pipeline")
+
+
+def _eights() -> list[dict[str, Any]]:
+    """Layouts of eight processes that split in three ways at once, few of them: all threes of axes, and with them
+    every ZeRO stage, schedule and degree of expert parallelism."""
+    base, found = make("mixture", "adamw", None, 8, DEEP, micro_batch=1), []
+    for axes, zero_stage, (schedule, virtual_stages), expert, expert_tensor in itertools.product(
+        itertools.combinations(AXES, 3), range(4), SCHEDULES, (1, 2, 4), (1, 2)
+    ):
+        fields: dict[str, Any] = dict.fromkeys(axes, 2) | {"zero_stage": zero_stage, "expert": expert}
+        fields["expert_tensor"] = expert_tensor
+        if "pipeline" in axes:
+            fields |= {"schedule": schedule, "virtual_stages": virtual_stages}
+        elif schedule != "1f1b":
+            continue
+        try:
+            layout(base.model_copy(update={"parallel": base.parallel.model_copy(update=fields)}), 8)
+        except InputError:
+            continue
+        found.append(fields)
+    wanted: list[set[Any]] = [
+        {tuple(name for name in AXES if name in one), *((name, one[name]) for name in one if name not in AXES)}
+        for one in found
+    ]
+    return [found[index] for index in sorted(_covering(wanted))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "fields", [pytest.param(one, id="-".join(f"{k}{v}" for k, v in one.items())) for one in _eights()]
+)
+def test_a_layout_of_eight_processes_trains_like_one(fields: dict[str, Any], text_folder: Path, folder: Path) -> None:
+    spec = make("mixture", "adamw", text_folder, 8, DEEP, micro_batch=1, **fields)
+    alone = make("mixture", "adamw", text_folder, layers=DEEP, micro_batch=1)
+    alone = alone.model_copy(update={"name": "alone-of-eight"})
+    if alone.name not in _oracles:
+        _oracles[alone.name] = run(alone, folder, 5)[0]
+    assert_alike(run(spec, folder, 5), _oracles[alone.name])
 
 
 RECOMPUTED: list[tuple[str, int, dict[str, Any]]] = [

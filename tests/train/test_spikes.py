@@ -1,20 +1,27 @@
 """Losses that leap or are no number: stopped, skipped, rolled back, alike after a resume."""
 
 import math
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+sys.path.insert(0, str(Path(__file__).parent))
+from processes import together
+
 from modelworks.model import checkpoint
 from modelworks.model.decoder import Losses
 from modelworks.spec.errors import OperationError
+from modelworks.spec.files import run_from
 from modelworks.spec.run import GuardSpec, RunSpec
 from modelworks.train.loop import Trainer, train
+from modelworks.train.ranks import Ranks
 from modelworks.train.record import RunRecord
-from modelworks.train.session import open_run
+from modelworks.train.session import MemberSession, open_run
 from modelworks.train.spikes import Rollback, Spikes
 
 MakeSpec = Callable[..., RunSpec]
@@ -154,6 +161,35 @@ def test_a_rollback_trains_as_if_the_data_between_had_never_been(
     # The same run, told from the beginning to read that data after step 10.
     monkeypatch.setattr(Spikes, "batch", lambda self, step: step if step < 10 else step + 15)
     _train(_guarded(make_spec, "told"))
+    told = _final("told")
+    assert all(torch.equal(tensor, told[name]) for name, tensor in _final("back").items())
+
+
+def flee(ranks: Ranks, folder: Path, spec: RunSpec, poisoned: bool) -> None:
+    """Train with a batch whose gradients are no numbers on the second process alone, or told to leave it out."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not poisoned:
+            patch.setattr(Spikes, "batch", lambda self, step: step if step < 10 else step + 5)
+        elif not ranks.first:
+            Poison(patch, {14}, math.nan)
+        train(MemberSession(folder, spec, False, ranks.first), ranks=ranks)
+
+
+@pytest.mark.parametrize("parallel", [{"zero_stage": 3, "expert": 2}, {"pipeline": 2}])
+def test_several_processes_go_back_together(make_spec: MakeSpec, parallel: dict[str, int]) -> None:
+    """From step 14 to the checkpoint of step 10, and on behind batch 14, as a run that was told to."""
+    for name in ("back", "told"):
+        spec = _guarded(make_spec, name, {"tokens": 18 * 128}, on_spike="rollback", rollback_steps=2)
+        among = dict.fromkeys(("gpus", "gpus_per_node", "scale_up_domain"), 2)
+        spec = run_from(
+            spec.model_dump(exclude_none=True) | {"parallel": parallel, "cluster": {"preset": "local"} | among}
+        )
+        with open_run(spec) as session:
+            together(2, flee, session.folder, spec, name == "back")
+    rows = RunRecord("back").metrics()
+    assert [row["step"] for row in rows] == list(range(1, 19))
+    assert [row["step"] for row in rows if "event" in row] == [11]
+    assert "went back to step 10" in rows[10]["event"]
     told = _final("told")
     assert all(torch.equal(tensor, told[name]) for name, tensor in _final("back").items())
 

@@ -7,6 +7,7 @@ way back to the tokens, and both their gradients, are gathers by it or its inver
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +41,7 @@ class MixtureOfExperts(nn.Module):
         self.gate = nn.Parameter(torch.empty(experts, width, spec.hidden))
         self.up = nn.Parameter(torch.empty(experts, width, spec.hidden))
         self.down = nn.Parameter(torch.empty(experts, spec.hidden, width))
+        self.mix: Callable[..., Tensor] = grouped_experts
 
     def forward(self, x: Tensor) -> tuple[Tensor, RouterReport]:
         """Send each token of (B, T, H) through its experts; returns the same shape, and the router's report."""
@@ -47,7 +49,7 @@ class MixtureOfExperts(nn.Module):
         gates, choice, report = self.route(tokens)
         pairs = sort_by_expert(choice, len(self.gate))
         tokens, gate, up, down = map(to_compute_dtype, (tokens, self.gate, self.up, self.down))
-        return grouped_experts(gates, pairs, tokens, gate, up, down, self.activation).view_as(x), report
+        return self.mix(gates, pairs, tokens, gate, up, down, self.activation).view_as(x), report
 
     def route(self, tokens: Tensor) -> tuple[Tensor, Tensor, RouterReport]:
         """The gates (N, K) and experts (N, K) of each token of (N, H), and the router's report.
@@ -103,7 +105,14 @@ def _counts(choice: Tensor, experts: int) -> Tensor:
 
 
 def grouped_experts(
-    gates: Tensor, pairs: SortedPairs, tokens: Tensor, gate: Tensor, up: Tensor, down: Tensor, activation: str
+    gates: Tensor,
+    pairs: SortedPairs,
+    tokens: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    activation: str,
+    multiply: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Run the experts on sorted pairs: `y[n] = sum_k gates[n, k] * down(act(gate(x[n])) * up(x[n]))` of expert (n, k).
 
@@ -119,6 +128,8 @@ def grouped_experts(
         The experts' matrices (E, F, H), (E, F, H) and (E, H, F), of the tokens' dtype.
     activation
         `silu` or `gelu` (the tanh approximation).
+    multiply
+        What stands instead of `grouped_linear`; the activation is then kept, not computed again.
 
     Returns
     -------
@@ -127,9 +138,13 @@ def grouped_experts(
     """
     order, inverse, counts = pairs
     rows = permute(tokens.repeat_interleave(gates.shape[1], 0), order, inverse)  # (N * K, H)
-    gated, lifted = grouped_linear(rows, gate, counts), grouped_linear(rows, up, counts)  # (N * K, F)
-    lowered = lower(gated, lifted, down, counts, activation)  # (N * K, H)
-    chosen = permute(lowered, inverse, order).view(*gates.shape, -1)  # (N, K, H)
+    product = multiply or grouped_linear
+    gated, lifted = product(rows, gate, counts), product(rows, up, counts)  # (N * K, F)
+    if multiply is None:
+        lowered = lower(gated, lifted, down, counts, activation)  # (N * K, H)
+    else:
+        lowered = multiply(gated_activation(gated, lifted, activation), down, counts)
+    chosen = permute(lowered, inverse, order).view(*gates.shape, tokens.shape[1])  # (N, K, H)
     return (gates.unsqueeze(-1) * chosen).sum(1).to(tokens.dtype)
 
 

@@ -50,6 +50,8 @@ class Setting:
     software: SoftwareSpec
     calibration: CalibrationSpec
     optimizer: Literal["adamw", "muon"] = "adamw"
+    moment_bytes: int = 4
+    """Of each of the optimizer's two moments."""
 
     def sustained(self, precision: str) -> float:
         """The share of a short measurement's rate that matrix products keep up."""

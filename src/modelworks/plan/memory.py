@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from modelworks.plan.block import Setting
-from modelworks.plan.layout import PRECISIONS, RECOMPUTE, FloatArray, IntArray, Layouts
+from modelworks.plan.layout import PRECISIONS, RECOMPUTE, SCHEDULES, BoolArray, FloatArray, IntArray, Layouts
 from modelworks.plan.pipeline import Stages, in_flight
 from modelworks.plan.vision import tower_layouts, tower_setting
 from modelworks.spec.model import ModelSpec, VisionSpec
@@ -79,6 +79,10 @@ class StageParameters:
     """Replicated over the expert-data-parallel ranks."""
     layers: FloatArray
     """How many layers the stage has."""
+    ends: FloatArray
+    """Of `plain`, those of embedding and head."""
+    small: FloatArray
+    """Of `plain`, those of the layers' normalisations and routers."""
 
 
 def stage_parameters(model: ModelSpec, candidates: Layouts, stages: Stages) -> tuple[StageParameters, ...]:
@@ -89,14 +93,18 @@ def stage_parameters(model: ModelSpec, candidates: Layouts, stages: Stages) -> t
     for kind, layers in (("first", stages.first), ("middle", stages.middle), ("last", stages.last)):
         dense = dense_layers_of(model, candidates, kind, layers)
         experts = layers - dense
-        plain = dense * of.layer_dense + experts * of.layer_shared
+        inside = plain = dense * of.layer_dense + experts * of.layer_shared
         if kind == "first":
             plain = plain + of.embedding + of.vision
             plain = plain + np.where(alone & (model.parameters.head > 0), of.head, 0.0)
         elif kind == "last":
             embedding = of.embedding + of.vision
             plain = plain + np.where(alone, embedding + (of.head if model.parameters.head else 0.0), of.head)
-        found.append(StageParameters(plain, experts * of.layer_experts, layers.astype(np.float64)))
+        router = 0.0 if model.moe is None else model.parameters.router / model.moe_layers
+        small = layers * (model.parameters.norms / model.layers) + experts * router
+        found.append(
+            StageParameters(plain, experts * of.layer_experts, layers.astype(np.float64), plain - inside, small)
+        )
     return tuple(found)
 
 
@@ -180,18 +188,62 @@ def state_bytes(setting: Setting, candidates: Layouts, parameters: tuple[StagePa
     weight = np.where(fp32, 4.0, float(software.parameter_bytes))
     gradient = np.where(fp32, 4.0, float(software.gradient_bytes))
     masters = 4.0 if software.master_weights and software.parameter_bytes < 4 else 0.0
-    optimizer = np.where(fp32, 8.0, 8.0 + masters)
+    moments = 2.0 * setting.moment_bytes
+    optimizer = np.where(fp32, moments, moments + masters)
+    fsdp = software.sharding == "fsdp"
+    whole_gradients = (c.zero_stage < 2) | (fsdp & (c.pipeline > 1))
     out = np.empty((len(STAGES), 4, len(c)))
     for index, stage in enumerate(parameters):
         plain, experts = stage.plain, stage.experts
-        split = plain / plain_shards + experts / expert_shards
+        small = np.where(_parts_in_fp32(setting, c), stage.small, 0.0)
+        split = (plain - small) / plain_shards + small + experts / expert_shards
         out[index, 0] = np.where(c.zero_stage >= 3, split, plain + experts) * weight
-        out[index, 1] = np.where(c.zero_stage >= 2, split, plain + experts) * gradient
+        if fsdp:
+            gathers = (c.zero_stage > 0) & _splits(c)
+            layer_by_layer = (c.zero_stage >= 3) & (c.schedule != SCHEDULES.index("zero-bubble"))
+            inside, outside = gathered_bytes(setting, c, stage)
+            standing = outside + np.where(layer_by_layer, 0.0, inside)
+            out[index, 0] = np.where(gathers, split * weight + standing, out[index, 0])
+        out[index, 1] = np.where(whole_gradients, plain + experts, split) * gradient
         out[index, 2] = np.where(c.zero_stage >= 1, split, plain + experts) * optimizer
+        if setting.optimizer == "muon":
+            # It keeps one moment of the layers' matrices.
+            inside = plain - stage.ends - stage.small
+            matrices = np.where(c.zero_stage >= 1, inside / plain_shards + experts / expert_shards, inside + experts)
+            out[index, 2] -= matrices * setting.moment_bytes
         # Sharded weights are gathered two layers at a time; reductions go through a bucket of gradients.
         layer = (plain + experts) / np.maximum(stage.layers, 1.0)
         out[index, 3] = np.where(c.zero_stage == 3, 2.0 * layer * weight + layer * software.gradient_bytes, 0.0)
     return out
+
+
+def gathered_bytes(setting: Setting, candidates: Layouts, stage: StageParameters) -> tuple[FloatArray, FloatArray]:
+    """Bytes of what ranks gather of a stage whose weights are sharded, (N,): of its layers, and of what is outside."""
+    each, low = gathered_width(setting, candidates), _parts_in_fp32(setting, candidates)
+    layers = stage.plain - stage.ends - np.where(low, stage.small, 0.0) + stage.experts
+    return layers * each, stage.ends * np.where(low, 4.0, each)
+
+
+def gathered_width(setting: Setting, candidates: Layouts) -> FloatArray:
+    """Bytes of an element of the layers' matrices as ranks gather them, (N,)."""
+    software, c = setting.software, candidates
+    whole = c.precision == PRECISIONS.index("fp32")
+    if software.fp32_parts:
+        # Its second backward pass would add up gradients in what was gathered.
+        whole = whole | (c.schedule == SCHEDULES.index("zero-bubble"))
+    return np.where(whole, 4.0, float(software.gathered_bytes or min(2, software.parameter_bytes)))
+
+
+def _parts_in_fp32(setting: Setting, c: Layouts) -> BoolArray:
+    """Where embedding and head are gathered in fp32, and normalisations and routers stand whole."""
+    low: BoolArray = (gathered_width(setting, c) < 4.0) & setting.software.fp32_parts
+    return low
+
+
+def _splits(c: Layouts) -> BoolArray:
+    """Whether there are ranks that could split weights: replicas, or experts apart from the rest."""
+    splits: BoolArray = (c.data * c.context > 1) | (c.expert > 1) | ((c.tensor > 1) & (c.expert_tensor != c.tensor))
+    return splits
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -36,7 +36,7 @@ from modelworks.spec.flops import (
 from modelworks.spec.hardware import ClusterSpec, DeviceSpec
 from modelworks.spec.home import hardware_file
 from modelworks.spec.model import ModelSpec, VisionSpec
-from modelworks.spec.run import RunSpec
+from modelworks.spec.run import RunSpec, TrainSpec
 from modelworks.spec.software import CalibrationSpec, SoftwareSpec
 
 DEFAULT_SOFTWARE = "megatron-core"
@@ -98,7 +98,7 @@ def setting_for(
     device: DeviceSpec,
     software: SoftwareSpec,
     calibration: CalibrationSpec | None = None,
-    optimizer: Literal["adamw", "muon"] = "adamw",
+    train: TrainSpec | None = None,
 ) -> Setting:
     """What steps of a model on a cluster are evaluated on."""
     calibration = calibration or calibration_spec()
@@ -108,7 +108,9 @@ def setting_for(
     else:
         kernels = kernels_for(device)
     network = fabric(cluster, kernels, calibration)
-    return Setting(model, seq_len, device, kernels, network, software, calibration, optimizer)
+    optimizer, state = (train.optimizer, train.optimizer_state) if train else ("adamw", "fp32")
+    moment_bytes = 2 if state == "bf16" else 4
+    return Setting(model, seq_len, device, kernels, network, software, calibration, optimizer, moment_bytes)
 
 
 # --- the plan of a run ------------------------------------------------------------------------------------------------
@@ -268,7 +270,7 @@ def plan(run: RunSpec, *, wide: bool = False, top: int = 5, device: DeviceSpec |
     device = device or device_spec(run.cluster.device)
     software = software_spec(software_name(run, device))
     train, cluster = run.train, run.cluster
-    setting = setting_for(run.model, train.seq_len, cluster, device, software, optimizer=train.optimizer)
+    setting = setting_for(run.model, train.seq_len, cluster, device, software, train=train)
     space = space_for(run, setting, wide)
     found = search(setting, train.global_batch, space)
     if not len(found.distinct.layouts):

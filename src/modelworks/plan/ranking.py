@@ -38,7 +38,7 @@ def ranked(
     """
     device = device or device_spec(run.cluster.device)
     software, devices = software_spec(software_name(run, device)), run.cluster.gpus
-    setting = setting_for(run.model, run.train.seq_len, run.cluster, device, software, optimizer=run.train.optimizer)
+    setting = setting_for(run.model, run.train.seq_len, run.cluster, device, software, train=run.train)
     space = space_for(run, setting, wide)
     if not idle:
         space = replace(space, least_devices=devices)

@@ -41,7 +41,5 @@ def stated_memory(run: RunSpec, software: str) -> dict[str, dict[str, float]]:
         precision="fp32" if train.precision == "fp32" else "fp8" if train.precision == "fp8" else "bf16",
     )
     device = device_spec(run.cluster.device)
-    setting = setting_for(
-        run.model, train.seq_len, run.cluster, device, software_spec(software), optimizer=train.optimizer
-    )
+    setting = setting_for(run.model, train.seq_len, run.cluster, device, software_spec(software), train=train)
     return memory_by_stage(setting, train.global_batch, layout)

@@ -20,6 +20,8 @@ from modelworks.plan.memory import (
     choose,
     dense_layers_of,
     device_parameters,
+    gathered_bytes,
+    gathered_width,
     kept_bytes,
     memory_bytes,
     stage_parameters,
@@ -62,7 +64,7 @@ _ROW = (*SHAPE, "pipeline", "virtual_stages", "schedule", "data")
 """What a stage's times and activations depend on, but for what is recomputed."""
 _STATE = (
     "tensor", "pipeline", "context", "expert", "expert_tensor", "data", "virtual_stages", "precision", "zero_stage",
-    "shards",
+    "shards", "schedule",
 )  # fmt: skip
 """What the model's state depends on, and the exchanges over replicas that keep it the same."""
 
@@ -266,7 +268,9 @@ def _exchanges(
     gradient = float(software.gradient_bytes)
     fp32 = c.precision == PRECISIONS.index("fp32")
     gradient_bytes = np.where(fp32, 4.0, gradient)
-    weight_bytes = np.where(fp32, 4.0, float(software.gathered_bytes or min(2, software.parameter_bytes)))
+    weight_bytes = gathered_width(setting, c)
+    outside = [sum(gathered_bytes(setting, c, stage)) - stage.experts * weight_bytes for stage in parameters]
+    plain_weights, expert_weights = np.maximum.reduce(outside), experts * weight_bytes
     shards, groups = np.minimum(c.shards, replicas), np.maximum(1, replicas // np.maximum(1, c.shards))
 
     def reduce(size: FloatArray, ranks: IntArray, stride: IntArray) -> FloatArray:
@@ -279,23 +283,26 @@ def _exchanges(
         together = c.expert * c.expert_tensor == 1
         messages = 1.0 + np.maximum(1.0, middle.layers)
         plain, experts = np.where(together, plain + experts, plain), np.where(together, 0.0, experts)
+        plain_weights = np.where(together, plain_weights + expert_weights, plain_weights)
+        expert_weights = np.where(together, 0.0, expert_weights)
     else:
         messages = np.ones(len(c))
     plain, experts = plain / messages, experts / messages
+    plain_weights, expert_weights = plain_weights / messages, expert_weights / messages
     reduced = reduce(plain * gradient_bytes, shards, c.tensor)
     reduced = reduced + fabric.all_reduce(plain * gradient_bytes / shards, groups, c.tensor * shards)
     reduced = messages * (
         reduced + np.where(experts > 0, reduce(experts * gradient_bytes, expert_replicas, expert_stride), 0.0)
     )
-    gathered = fabric.all_gather(plain * weight_bytes, shards, c.tensor)
+    gathered = fabric.all_gather(plain_weights, shards, c.tensor)
     gathered = messages * (
-        gathered + np.where(experts > 0, fabric.all_gather(experts * weight_bytes, expert_replicas, expert_stride), 0.0)
+        gathered + np.where(experts > 0, fabric.all_gather(expert_weights, expert_replicas, expert_stride), 0.0)
     )
     several = np.where(replicas > 1, messages, 0.0)
     if software.exchange_copies:
-        copied = several * software.exchange_copies * (plain + experts)
-        reduced = reduced + setting.kernels.memory_bound(copied * gradient_bytes)
-        gathered = gathered + setting.kernels.memory_bound(copied * weight_bytes)
+        copies = several * software.exchange_copies
+        reduced = reduced + setting.kernels.memory_bound(copies * (plain + experts) * gradient_bytes)
+        gathered = gathered + setting.kernels.memory_bound(copies * (plain_weights + expert_weights))
     launched = several * software.exchange_kernels * software.launch_s
     reduced, gathered = reduced + launched, gathered + launched
     gathered = np.where(c.zero_stage == 0, 0.0, gathered)
@@ -367,7 +374,7 @@ def _optimizer(setting: Setting, c: Layouts, parameters: tuple[StageParameters, 
             c.zero_stage >= 1, stage.plain / shards + stage.experts / expert_shards, stage.plain + stage.experts
         )
         everywhere = stage.plain + stage.experts
-        update = local * (4 * software.gradient_bytes + 24.0 + software.parameter_bytes)
+        update = local * (4 * software.gradient_bytes + 8.0 + 4 * setting.moment_bytes + software.parameter_bytes)
         largest = np.maximum(largest, update + everywhere * software.gradient_bytes)
     return setting.kernels.memory_bound(largest / setting.calibration.memory_efficiency)
 

@@ -78,6 +78,9 @@ class TrainSpec(Section):
     compile: bool | Literal["auto"] = "auto"
     optimizer: Literal["adamw", "muon"] = "adamw"
     """`muon` updates the matrices of the blocks and leaves the rest to AdamW."""
+    optimizer_state: Literal["fp32", "bf16"] = "fp32"
+    """What moments are kept in. `bf16` takes half the memory; they are rounded at random, the same on every layout, and
+    weights stay in fp32."""
     learning_rate: PositiveFloat = 1e-3
     """AdamW's peak."""
     matrix_learning_rate: PositiveFloat = 0.02

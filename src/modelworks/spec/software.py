@@ -66,6 +66,13 @@ class SoftwareSpec(Section):
     """Of the weights that ranks gather; unset, `parameter_bytes` and 2 at most."""
     master_weights: bool = True
     """Whether the optimizer keeps fp32 weights beside them."""
+    sharding: Literal["partition", "fsdp"] = "partition"
+    """`partition`: a shard is a part of the weights in use. `fsdp`, as PyTorch's FSDP2 has it: weights that stand
+    gathered, of `gathered_bytes`, stand beside their shards, of `parameter_bytes`; embedding and head stand gathered at
+    every stage; and a pipeline's stages add up whole gradients at every stage."""
+    fp32_parts: bool = False
+    """Whether, in a low precision with `fsdp`, embedding and head are gathered in fp32 and normalisations and routers
+    stand whole on each rank."""
     kernels_per_layer: PositiveFloat = 15.0
     """Kernels that a dense layer's forward pass launches; its backward pass launches twice as many."""
     launch_s: NonNegativeFloat = 0.0

@@ -17,10 +17,8 @@ CPU_TOKENS = 8192
 """Tokens per forward pass beyond which a CPU gets no faster."""
 _MEMORY_SHARE = 0.5
 """How much of the free memory activations may take; the rest is for what else the machine does."""
-_STATE_BYTES = 16
-"""Per parameter: weight, gradient and AdamW's two moments in fp32."""
-_STAGED_BYTES = 12
-"""Per parameter: what an asynchronous checkpoint copies of these."""
+_MOMENT_BYTES = {"fp32": 4, "bf16": 2}
+"""Of each of AdamW's two moments."""
 
 
 def activation_bytes(model: ModelSpec, seq_len: int) -> int:
@@ -49,7 +47,9 @@ def micro_batch(spec: RunSpec, layout: Layout | None = None) -> int:
         If the network's weights, gradients and optimizer alone are more than this machine's memory.
     """
     memory, layout = psutil.virtual_memory(), layout or Layout()
-    state = _STATE_BYTES * spec.model.parameters.total * layout.replicas
+    held = spec.model.parameters.total * layout.replicas
+    staged = (4 + 2 * _MOMENT_BYTES[spec.train.optimizer_state]) * held  # what an asynchronous checkpoint copies
+    state = 4 * held + staged  # the gradients
     if state > memory.total:
         raise InputError(
             f"model {spec.model.name!r} takes {state / 2**30:.0f} GiB to train (weights, gradients and optimizer) and "
@@ -58,7 +58,7 @@ def micro_batch(spec: RunSpec, layout: Layout | None = None) -> int:
     if spec.train.micro_batch != "auto":
         return spec.train.micro_batch
     if spec.checkpoint.asynchronous:
-        state += _STAGED_BYTES * spec.model.parameters.total * layout.replicas
+        state += staged
     room = max(0, memory.available - state) * _MEMORY_SHARE / layout.processes
     fitting = min(CPU_TOKENS // spec.train.seq_len, int(room // activation_bytes(spec.model, spec.train.seq_len)))
     whole = spec.train.global_batch // layout.data

@@ -22,6 +22,7 @@ from modelworks.train.layout import Layout, layout
 from modelworks.train.loop import refuse_unsupported
 from modelworks.train.optimizers import Optimizers
 from modelworks.train.parallelize import Parallel, local
+from modelworks.train.precision import BF16, FP32
 from modelworks.train.ranks import Ranks
 
 
@@ -39,11 +40,11 @@ class Member:
     parameters: int
     """Elements of its stage that it computes with: what data-parallel processes split is counted whole."""
     weights: int
-    """Kept from the forward to the backward pass."""
+    """Kept from the forward to the backward pass: those that stand gathered, and this process's shards."""
     gradients: int
     optimizer: int
     shards: int
-    """What FSDP keeps of weights (and reduces of gradients) beside those that stand gathered."""
+    """Of `weights`, what it keeps between steps: its shards, and what isn't split."""
     seconds: float
     """How long it took to build."""
 
@@ -78,25 +79,21 @@ def _member(spec: RunSpec, degrees: Layout, rank: int) -> Member:
         kind = "first" if stage == 0 else "last" if stage == degrees.pipeline - 1 else "middle"
         with torch.device("meta"):
             decoder = Decoder(spec.model)
-        parallel.apply(decoder, spec.parallel)
+        # What the plan takes `auto` for, and what a GPU takes.
+        parallel.apply(decoder, spec.parallel, FP32 if spec.train.precision == "fp32" else BF16)
         state = Optimizers(decoder, spec.train, torch.bfloat16, parallel.whole).prepare_state()
-        whole = sum(parallel.gathered(name, parameter) for name, parameter in decoder.named_parameters())
-        shards = sum(local(parameter).numel() for parameter in decoder.parameters())
-        gathered = degrees.zero_stage < 3 or degrees.schedule == "zero-bubble"
-        added_up = degrees.zero_stage < 2 or degrees.pipeline > 1
-        weights, gradients = (whole if gathered else shards), (whole if added_up else shards)
-        beside = 0 if degrees.zero_stage == 0 else shards * (gathered + added_up)
+        held = [parallel.held(name, parameter) for name, parameter in decoder.named_parameters()]
         return Member(
             rank=rank,
             stage=stage,
             kind=kind,
             layers=len(decoder.blocks),
             groups=parallel.group_sizes(),
-            parameters=whole,
-            weights=4 * weights,
-            gradients=4 * gradients,
+            parameters=sum(each.elements for each in held),
+            weights=sum(each.weights for each in held),
+            gradients=sum(each.gradients for each in held),
             optimizer=sum(local(tensor).nbytes for tensor in state.values()),
-            shards=4 * beside,
+            shards=sum(each.own for each in held),
             seconds=time.perf_counter() - begun,
         )
 

@@ -39,7 +39,7 @@ from modelworks.train.machine import peak_flops
 from modelworks.train.metrics import MetricsLog, NoMetrics
 from modelworks.train.optimizers import Optimizers
 from modelworks.train.parallelize import Parallel, local
-from modelworks.train.precision import Precision, resolve
+from modelworks.train.precision import PRECISIONS, Precision, resolve
 from modelworks.train.ranks import Ranks
 from modelworks.train.saving import Saving
 from modelworks.train.session import RunSession
@@ -150,14 +150,14 @@ class Trainer:
             self.data, self.train_spec.validation_tokens, self.train_spec.seq_len, self.micro_batch, self.parallel
         )
         # Before the seed is set: measuring the peak draws random numbers.
-        self._peak_flops = peak_flops(self.precision.name, self.ranks.world)
+        self._peak_flops = peak_flops("fp32" if self.precision.name == "fp32" else "bf16", self.ranks.world)
         self._flop_per_token = training_flop_per_token(self.spec.model, self.train_spec.seq_len)
         session.report(message="building the network")
         view.show(session.status)
         torch.manual_seed(self.train_spec.seed)
         with torch.device("meta"):
             self.decoder = Decoder(self.spec.model)
-        self.parallel.apply(self.decoder, self.spec.parallel, self.precision.autocast, seed=self.train_spec.seed)
+        self.parallel.apply(self.decoder, self.spec.parallel, self.precision, seed=self.train_spec.seed)
         self.optimizers = Optimizers(self.decoder, self.train_spec, self.precision.dtype, self.parallel.whole)
         self.saving = Saving(
             self.folder, self.spec.checkpoint.keep, self.ranks, asynchronous=self.spec.checkpoint.asynchronous
@@ -232,7 +232,7 @@ class Trainer:
         try:
             spike = self.spikes.judge(self.step, total, norm, advice)
             if spike is None:
-                self.optimizers.step(factor)
+                self.optimizers.step(factor, self.step)
                 self.loss = total
         finally:
             self.optimizers.zero_grad()
@@ -438,7 +438,7 @@ class Trainer:
     def _agreed_precision(self) -> Precision:
         """The stated precision, or the one that the first process multiplies faster."""
         mine = resolve(self.train_spec.precision)
-        return resolve("bf16" if self.ranks.of_first(float(mine.name == "bf16")) else "fp32")
+        return PRECISIONS[int(self.ranks.of_first(PRECISIONS.index(mine)))]
 
     def _compile(self) -> None:
         spec, flop = self.train_spec, self._flop_per_token * self.train_spec.steps * self.train_spec.tokens_per_step

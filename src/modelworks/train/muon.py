@@ -8,11 +8,14 @@ dimensions only and always iterates in bf16, which some CPUs multiply a hundred 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from modelworks.train.rounding import Part, keep, noise_of
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic whose slope at zero is steep: singular values end between about 0.7 and 1.2, not at 1."""
@@ -70,6 +73,10 @@ class Muon(torch.optim.Optimizer):
         self._dtype = dtype
         self.whole: Callable[[Tensor, Tensor], Tensor] = lambda parameter, part: part
         """From a parameter and what this process holds of its update to the whole update, if that is elsewhere too."""
+        self.rounded: Callable[[Tensor], Part] | None = None
+        """Where momentum is kept in bf16: which part of which tensor this process holds of a parameter."""
+        self.seed = self.now = 0
+        """The run's, and its step, from which the bits follow that rounding draws."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.ndim < 2:
@@ -91,10 +98,16 @@ class Muon(torch.optim.Optimizer):
     def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
         if "momentum" not in state:
-            state["momentum"] = torch.zeros_like(gradient)
+            state["momentum"] = torch.zeros_like(gradient, dtype=torch.bfloat16 if self.rounded else gradient.dtype)
         momentum = state["momentum"]
+        if self.rounded is not None:
+            momentum = momentum.to(gradient.dtype)
         momentum.lerp_(gradient, 1 - group["momentum"])
         update = self.whole(parameter, gradient.lerp(momentum, group["momentum"]))
+        if self.rounded is not None and not parameter.is_meta:
+            part, values = self.rounded(parameter), _local(momentum)
+            noise = noise_of(replace(part, name=f"{part.name}/momentum"), values, self.seed, self.now)
+            keep(_local(state["momentum"]), values, noise)
         rows, columns = update.shape[-2:]
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         alpha = -group["lr"] * max(1.0, rows / columns) ** 0.5

@@ -2,7 +2,8 @@
 
 With ``adamw`` one fused AdamW moves all. With ``muon`` the matrices of the blocks go to Muon and the rest (embedding,
 head, router, normalisations, biases) to AdamW. Weight decay falls on matrices only. The schedule's factor multiplies
-every group's peak, so that nothing about the schedule needs to be stored.
+every group's peak, so that nothing about the schedule needs to be stored. With ``optimizer_state = "bf16"`` moments
+take half the bytes (`rounding`); weights stay in fp32.
 """
 
 from __future__ import annotations
@@ -12,9 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from modelworks.spec.run import TrainSpec
+from modelworks.train.adamw import LowAdamW
 from modelworks.train.muon import Muon
+from modelworks.train.rounding import Part
 
 
 class Optimizers:
@@ -49,12 +54,18 @@ class Optimizers:
             {"params": [p for p in rest if p.ndim >= 2], "weight_decay": spec.weight_decay},
             {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
         ]
+        rounded = spec.optimizer_state == "bf16"
+        adamw: dict[str, Any] = {
+            "lr": spec.learning_rate,
+            "betas": (spec.beta1, spec.beta2),
+            "eps": spec.epsilon,
+        }
         self._all: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(
+            LowAdamW(groups, **adamw, part_of=self._part_of, seed=spec.seed)
+            if rounded
+            else torch.optim.AdamW(
                 [part for group in groups for part in _by_mesh(group)],
-                lr=spec.learning_rate,
-                betas=(spec.beta1, spec.beta2),
-                eps=spec.epsilon,
+                **adamw,
                 fused=not any(parameter.is_meta for parameter in rest),
             )
         ]
@@ -62,15 +73,28 @@ class Optimizers:
             peak, decay = spec.matrix_learning_rate, spec.weight_decay
             muon = Muon(matrices, lr=peak, weight_decay=decay, dtype=muon_dtype)
             muon.whole = lambda parameter, part: whole(self._names[parameter], part)
+            if rounded:
+                muon.rounded, muon.seed = self._part_of, spec.seed
             self._all.append(muon)
         self._groups = [(group, group["lr"]) for optimizer in self._all for group in optimizer.param_groups]
 
-    def step(self, factor: float) -> None:
-        """Move every parameter by its gradient, at `factor` of the peak learning rates."""
+    def step(self, factor: float, number: int = 0) -> None:
+        """Move every parameter by its gradient, at `factor` of the peak learning rates, in step `number` of the run."""
         for group, peak in self._groups:
             group["lr"] = peak * factor
         for optimizer in self._all:
+            if isinstance(optimizer, (LowAdamW, Muon)):
+                optimizer.now = number
             optimizer.step()
+
+    def _part_of(self, parameter: Tensor) -> Part:
+        """Which part of which tensor this process holds of a parameter."""
+        name = self._names[parameter]
+        whole = self._whole(name, parameter)
+        if not isinstance(whole, DTensor):
+            return Part(name, whole.shape, (0,) * whole.ndim)
+        _, start = compute_local_shape_and_global_offset(whole.shape, whole.device_mesh, whole.placements)
+        return Part(name, whole.shape, start)
 
     def zero_grad(self) -> None:
         """Forget the gradients."""

@@ -2,17 +2,21 @@
 
 Two ideas. First every process keeps its layers (`pipeline`) and of these its part of what tensor, expert and context
 ranks share (`split_network`); then PyTorch's FSDP2 splits the parts over data and context ranks, a block at a time, at
-every ZeRO stage: 3 gathers a block's weights when they are needed, 2 keeps them gathered from the forward to the
-backward pass, 1 moreover adds up whole gradients over the micro batches and reduces them once, and 0 splits nothing and
-only averages gradients (DDP). In a pipeline every stage adds up whole gradients, since micro batches are on their way
-forward and backward at once, and a zero-bubble schedule, which passes backward twice, keeps weights gathered. What a
-checkpoint, an optimizer or a norm needs to know of a parameter is its place: the whole tensor that it is a part of, as
-a DTensor, which any other layout can read.
+every ZeRO stage but 0: 3 gathers a block's weights when they are needed, 2 keeps them gathered from the forward to the
+backward pass, and 1 moreover adds up whole gradients over the micro batches and reduces them once. 0 splits nothing
+and averages gradients in buckets (`buckets`). In a pipeline every stage adds up whole gradients, since micro batches
+are on their way forward and backward at once, and a zero-bubble schedule, which passes backward twice, keeps weights
+gathered. What a checkpoint, an optimizer or a norm needs to know of a parameter is its place: the whole tensor that it
+is a part of, as a DTensor, which any other layout can read.
+
+In bf16 FSDP gathers a block's matrices in bf16, which is what they are multiplied in, and reduces their gradients in
+fp32 to fp32 shards. What is computed in fp32, normalisations and routers, is small and stands whole on every process;
+embedding, head and final normalisation are gathered in fp32, since the residual stream begins in it. A zero-bubble
+schedule gathers in fp32, since its second backward pass would add up gradients in the precision of what was gathered.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -23,16 +27,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from modelworks.model.decoder import Decoder, Losses
 from modelworks.model.experts import MixtureOfExperts
+from modelworks.model.layers import RMSNorm
 from modelworks.spec.run import ParallelSpec
+from modelworks.train.buckets import Buckets, Summed
+from modelworks.train.fp8 import multiply_in_fp8
 from modelworks.train.grid import mesh_of
 from modelworks.train.layout import Layout
 from modelworks.train.materialize import fill_parts
-from modelworks.train.pipeline import Context, Pipeline
+from modelworks.train.pipeline import Pipeline
+from modelworks.train.precision import FP32, Precision
 from modelworks.train.ranks import Ranks
 from modelworks.train.recompute import recompute_activations
 from modelworks.train.split_network import Groups, SplitForward, split, split_dimension
@@ -62,6 +70,20 @@ class Place:
         )
 
 
+@dataclass(frozen=True)
+class Held:
+    """What a process holds of a parameter between its forward and its backward pass."""
+
+    elements: int
+    """That it computes with: what FSDP splits is counted whole."""
+    weights: int
+    """Bytes: what stands gathered, and this process's own shard."""
+    gradients: int
+    """Bytes."""
+    own: int
+    """Bytes of `weights` that it keeps between steps: its shard, or all of what isn't split."""
+
+
 class Parallel:
     """A run's processes, arranged by a layout.
 
@@ -79,9 +101,13 @@ class Parallel:
         self._pipeline: Pipeline | None = None
         self._root: FSDPModule | None = None
         self._places: dict[str, Place] = {}
-        self._summed: list[tuple[nn.Parameter, dist.ProcessGroup, float]] = []
+        self._buckets: Buckets | None = None
+        self._summed: list[Summed] = []
         self._scaled: list[tuple[nn.Parameter, float]] = []
-        self._routers: set[str] = set()
+        self._whole: set[str] = set()
+        """What stays whole beside what FSDP splits, by name."""
+        self._gathered_in: dict[str, torch.dtype] = {}
+        """What FSDP splits, by name."""
         self._experts_scale: float | None = None
         self._tied: nn.Parameter | None = None
         self._stands_in: dict[tuple[str, ...], DeviceMesh] = {}
@@ -116,7 +142,7 @@ class Parallel:
         self,
         decoder: Decoder,
         spec: ParallelSpec | None = None,
-        autocast: Context = contextlib.nullcontext,
+        precision: Precision = FP32,
         seed: int | None = None,
     ) -> None:
         """Split a network over the processes, in place. Every process must hold the same weights.
@@ -127,8 +153,8 @@ class Parallel:
             The network.
         spec
             Says what the backward pass computes again; nothing if unset.
-        autocast
-            The context of a forward pass, which a pipeline enters by itself.
+        precision
+            Of its products, in which FSDP gathers; a pipeline enters its context by itself.
         seed
             For a network on the meta device: each process gets memory for its parts alone, and they the values that
             `Decoder.initialize(seed)` gives them. If unset, the parts stay without memory.
@@ -136,13 +162,17 @@ class Parallel:
         shapes = {name: parameter.shape for name, parameter in decoder.named_parameters()}
         one = self.layout
         if one.pipeline > 1:
-            self._pipeline = Pipeline(decoder, one, self._groups, self._mesh["pipeline"].get_group(), autocast)
+            self._pipeline = Pipeline(
+                decoder, one, self._groups, self._mesh["pipeline"].get_group(), precision.autocast
+            )
         if one.tensor * one.context * one.expert * one.pipeline > 1:
             split(decoder, self._groups)
             decoder.forward = self._pipeline or SplitForward(decoder, self._groups)  # type: ignore[method-assign, assignment]
+        if precision.name == "fp8":
+            multiply_in_fp8(decoder)
         recompute_activations(decoder, spec or ParallelSpec())
-        if one.processes > 1:
-            self._shard(decoder)
+        if one.processes > 1 and one.zero_stage > 0:
+            self._shard(decoder, precision)
         if seed is not None:
             for root in self._roots(decoder):
                 root.to_empty(device="cpu")
@@ -154,21 +184,33 @@ class Parallel:
     def _locate(self, decoder: Decoder, shapes: Mapping[str, torch.Size]) -> None:
         """Note where this process's parts of the parameters stand, and whose gradients are added up how."""
         one = self.layout
+        share = 1.0 / (one.data * one.context)
         for name, parameter in decoder.named_parameters():
             self._places[name] = self._place(name, parameter, shapes[name])
-            if name in self._routers:
-                self._summed.append((parameter, self._stage, 1.0 / (one.data * one.context)))
-            elif self._experts_scale is not None and _is_of_experts(name):
+            if self._experts_scale is not None and _is_of_experts(name):
                 self._scaled.append((parameter, self._experts_scale))
-        if one.tensor > 1:
+        if one.zero_stage == 0:
+            summed = [Summed(each, self._holders(name), share) for name, each in decoder.named_parameters()]
+            self._buckets = Buckets([each for each in summed if each.group.size() > 1])
+            self._scaled = [(each.parameter, share) for each in summed if each.group.size() == 1 and share < 1.0]
+        else:
             for name, parameter in decoder.named_parameters():
                 of_experts = _is_of_experts(name) and not self._groups.experts_in_tensor
-                if "tensor" not in split_dimension(name, self._groups) and not of_experts and name not in self._routers:
-                    self._summed.append((parameter, self._groups.tensor, 1.0))
+                if name in self._whole:
+                    self._summed.append(Summed(parameter, self._stage, share))
+                elif one.tensor > 1 and "tensor" not in split_dimension(name, self._groups) and not of_experts:
+                    self._summed.append(Summed(parameter, self._groups.tensor, 1.0))
         if self._pipeline is not None and self._pipeline.twin is not None:
             self._tied = cast(nn.Parameter, decoder.embed.weight)
 
-    def _shard(self, decoder: Decoder) -> None:
+    def _holders(self, name: str) -> dist.ProcessGroup:
+        """The processes whose gradients of a parameter, or of this process's part of it, are summands, at ZeRO 0."""
+        if _is_of_experts(name):
+            return self._expert_mesh["replicate"].get_group()
+        split_over_tensor = "tensor" in split_dimension(name, self._groups)
+        return self._mesh["replicate"].get_group() if split_over_tensor else self._stage
+
+    def _shard(self, decoder: Decoder, precision: Precision) -> None:
         """Split over data and context ranks."""
         one = self.layout
         until_backward = one.zero_stage < 3 or one.schedule == "zero-bubble"
@@ -178,26 +220,38 @@ class Parallel:
             return
         mesh = self._data_mesh(self._mesh)
         traits: dict[str, Any] = {"reshard_after_forward": not until_backward}
+        low = precision.dtype != torch.float32 and one.schedule != "zero-bubble"
+        if low:
+            traits["mp_policy"] = MixedPrecisionPolicy(precision.dtype, torch.float32, cast_forward_inputs=False)
         deal, deal_experts = (_dealing(grid["shard"].size()) for grid in (self._mesh, self._expert_mesh))
         among = self._data_mesh(self._expert_mesh)
         # Nothing is done in place to what a block or its experts return.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         for number, block in decoder.blocks.named_children():
-            if apart and hasattr(block, "moe"):
+            whole: dict[str, nn.Parameter] = {}
+            if low:
+                norms = {name: part for name, part in block.named_modules() if isinstance(part, RMSNorm)}
+                whole = {f"{name}.weight": norm.weight for name, norm in norms.items()}
+            if hasattr(block, "moe") and (low or apart):
+                whole["moe.router.weight"] = cast(nn.Parameter, cast(MixtureOfExperts, block.moe).router.weight)
+            traits["ignored_params"] = set(whole.values())
+            if hasattr(block, "moe") and apart:
                 # Experts are on fewer data ranks than the rest. Their router, which is small, stays whole beside them.
-                moe = cast(MixtureOfExperts, block.moe)
-                router = cast(nn.Parameter, moe.router.weight)
-                fully_shard(moe, mesh=among, ignored_params={router}, shard_placement_fn=deal_experts, **traits)
+                fully_shard(cast(MixtureOfExperts, block.moe), mesh=among, shard_placement_fn=deal_experts, **traits)
                 # FSDP takes the mean over the ranks that hold the same experts; the loss is the mean over all.
                 self._experts_scale = among.size() / count
-                self._routers.add(f"blocks.{number}.moe.router.weight")
             fully_shard(block, mesh=mesh, shard_placement_fn=deal, **traits)
+            self._whole |= {f"blocks.{number}.{name}" for name in whole}
         for root in self._roots(decoder):
             fully_shard(root, mesh=mesh, reshard_after_forward=False)
             # gloo has no averaging reduction; FSDP then divides the sum itself.
             for module in root.modules():
                 if isinstance(module, FSDPModule):
                     module.set_force_sum_reduction_for_comms(True)
+        for name, parameter in decoder.named_parameters():
+            if isinstance(parameter, DTensor):
+                in_block = name.startswith("blocks.")
+                self._gathered_in[name] = precision.dtype if low and in_block else torch.float32
         self._root = cast(FSDPModule, decoder) if self._pipeline is None else None
 
     def _roots(self, decoder: Decoder) -> Sequence[nn.Module]:
@@ -206,9 +260,7 @@ class Parallel:
 
     def _data_mesh(self, mesh: DeviceMesh) -> DeviceMesh:
         """The dimensions of a grid over which FSDP splits and repeats."""
-        return (
-            mesh["replicate", "shard"] if mesh["replicate"].size() > 1 or self.layout.zero_stage == 0 else mesh["shard"]
-        )
+        return mesh["replicate", "shard"] if mesh["replicate"].size() > 1 else mesh["shard"]
 
     def _place(self, name: str, parameter: nn.Parameter, shape: torch.Size) -> Place:
         """Where a parameter stands: split by the network first, and each part by FSDP."""
@@ -227,14 +279,22 @@ class Parallel:
         part = local(tensor)
         return tensor if place is None or part.shape != place.local_shape else place.whole(part)
 
-    def gathered(self, name: str, parameter: Tensor) -> int:
-        """Elements of a parameter that this process computes with: what FSDP splits is counted whole."""
-        place = self._places.get(name)
+    def held(self, name: str, parameter: Tensor) -> Held:
+        """What this process holds of a parameter in a step."""
+        place, width = self._places.get(name), self._gathered_in.get(name)
+        own = local(parameter).nbytes
         if place is None:
-            return parameter.numel()
+            return Held(parameter.numel(), own, own, own)
         axes = zip(place.mesh.mesh_dim_names or (), place.placements, place.mesh.shape, strict=True)
         parts = math.prod(size for axis, split, size in axes if axis != "shard" and isinstance(split, Shard))
-        return place.shape.numel() // parts
+        whole = place.shape.numel() // parts
+        if width is None:
+            return Held(whole, own, own, own)
+        one = self.layout
+        layer_by_layer = one.zero_stage == 3 and one.schedule != "zero-bubble" and name.startswith("blocks.")
+        added_up = one.zero_stage < 2 or one.pipeline > 1
+        standing = 0 if layer_by_layer else whole * width.itemsize
+        return Held(whole, standing + own, whole * parameter.element_size() if added_up else own, own)
 
     def purposes(self) -> dict[str, str]:
         """What the network's own exchanges are for, by the names of their groups."""
@@ -302,17 +362,21 @@ class Parallel:
             Of each micro batch: what this process knows of the losses, of which `mean` makes those of all.
         """
         if self._pipeline is not None:
+            if self._buckets is not None:
+                self._buckets.expect(first=True, last=False)
             return self._pipeline.backward(batches, objective)
         found = []
         for place, batch in enumerate(batches, start=1):
-            self._exchange_gradients(last=place == len(batches))
+            self._exchange_gradients(first=place == 1, last=place == len(batches))
             losses = losses_of(batch)
             (objective(losses) / len(batches)).backward()  # type: ignore[no-untyped-call]
             found.append(Losses(*(part.detach() for part in losses)))
         return found
 
-    def _exchange_gradients(self, last: bool) -> None:
+    def _exchange_gradients(self, first: bool, last: bool) -> None:
         """Before a micro batch: what of the gradients' exchange waits for the last one."""
+        if self._buckets is not None:
+            self._buckets.expect(first, last)
         if self._root is not None and self.layout.zero_stage < 3:
             if self.layout.zero_stage < 2:
                 self._root.set_requires_gradient_sync(last)
@@ -325,13 +389,15 @@ class Parallel:
 
     def finish_gradients(self) -> None:
         """Add up, after the last backward pass, the gradients of what several processes hold whole."""
+        if self._buckets is not None:
+            self._buckets.finish()
         by_group: dict[dist.ProcessGroup, list[tuple[Tensor, float]]] = {}
         for parameter, factor in self._scaled:
             assert parameter.grad is not None
             local(parameter.grad).mul_(factor)
-        for parameter, group, factor in self._summed:
-            assert parameter.grad is not None
-            by_group.setdefault(group, []).append((local(parameter.grad), factor))
+        for summed in self._summed:
+            assert summed.parameter.grad is not None
+            by_group.setdefault(summed.group, []).append((local(summed.parameter.grad), summed.factor))
         for group, gradients in by_group.items():
             together = torch.cat([gradient.flatten() * factor for gradient, factor in gradients])
             dist.all_reduce(together, group=group)

@@ -26,7 +26,6 @@ from modelworks.model.experts import (
     MixtureOfExperts,
     RouterReport,
     SortedPairs,
-    grouped_experts,
     router_report,
     sort_by_expert,
 )
@@ -218,7 +217,7 @@ class _Mixture:
         pairs = sort_by_expert(choice, moe.router.weight.shape[0])
         tokens, gate, up, down = map(to_compute_dtype, (tokens, moe.gate, moe.up, moe.down))
         if groups.expert.size() == 1:
-            mixed = grouped_experts(gates, pairs, tokens, gate, up, down, moe.activation)
+            mixed = moe.mix(gates, pairs, tokens, gate, up, down, moe.activation)
         else:
             mixed = self._elsewhere(gates, pairs, tokens, gate, up, down)
         mixed = mixed.view_as(x)
@@ -254,7 +253,7 @@ class _Mixture:
         rows = exchange(tokens.index_select(0, pairs.order // top_k), sent, received, group)
         experts = torch.arange(mine, device=rows.device).repeat(ranks).repeat_interleave(counts).unsqueeze(1)
         ones = torch.ones(len(rows), 1, device=rows.device, dtype=gates.dtype)
-        lowered = grouped_experts(ones, sort_by_expert(experts, mine), rows, gate, up, down, self._moe.activation)
+        lowered = self._moe.mix(ones, sort_by_expert(experts, mine), rows, gate, up, down, self._moe.activation)
         chosen = exchange(lowered, received, sent, group).index_select(0, pairs.inverse).view(len(tokens), top_k, -1)
         return torch.bmm(gates.unsqueeze(1).to(chosen.dtype), chosen).squeeze(1)
 
