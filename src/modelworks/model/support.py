@@ -49,11 +49,7 @@ def _unsupported(spec: ModelSpec) -> Iterator[tuple[str, object, str]]:
         yield "mlp_bias", spec.mlp_bias, "false beside experts"
     if spec.moe.shared_experts:
         yield "moe.shared_experts", spec.moe.shared_experts, "0"
-    if spec.moe.residual:
-        yield "moe.residual", spec.moe.residual, "false"
     if spec.moe.scoring != "softmax":
         yield "moe.scoring", spec.moe.scoring, "'softmax'"
     if spec.moe.routed_multiplier != 1.0:
         yield "moe.routed_multiplier", spec.moe.routed_multiplier, "1.0"
-    if spec.moe.router_softcap is not None:
-        yield "moe.router_softcap", spec.moe.router_softcap, "leaving it out"

@@ -33,7 +33,8 @@ class MoESpec(Section):
     shared_gate: bool = False
     """Whether each token weighs what its shared experts give, by a sigmoid (Qwen2-MoE)."""
     residual: bool = False
-    """Whether a dense feed-forward network of the model's `ffn_hidden` stands beside the experts (Grok-2)."""
+    """Whether a dense feed-forward network of the model's `ffn_hidden` stands beside the experts; the sum of both is
+    then divided by the square root of two (Grok-2)."""
     dense_layers: NonNegativeInt = 0
     """How many of the first layers keep a dense feed-forward network of the model's `ffn_hidden`."""
     renormalize: bool = False
@@ -41,6 +42,7 @@ class MoESpec(Section):
     scoring: Literal["softmax", "sigmoid"] = "softmax"
     routed_multiplier: PositiveFloat = 1.0
     router_softcap: PositiveFloat | None = None
+    """`c` in `c * tanh(logits / c)` of the router's logits (Grok-2)."""
 
     @model_validator(mode="after")
     def _top_k_within_experts(self) -> MoESpec:
@@ -188,6 +190,9 @@ class ModelSpec(Section):
     """What attention logits are multiplied with; `head_dim ** -0.5` if unset."""
     attention_softcap: PositiveFloat | None = None
     """`c` in `c * tanh(logits / c)`."""
+    attention_temperature_length: Annotated[int, Field(ge=2)] | None = None
+    """From this position on, counted from 0, a token's attention logits are multiplied by `log(position) / log(length)`
+    after their cap (Grok-2): attention over more tokens stays as sharp as over fewer."""
     attention_bias: bool = False
     """Biases of all four maps of attention."""
     qkv_bias: bool = False
