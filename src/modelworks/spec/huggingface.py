@@ -20,6 +20,8 @@ _MLP_BIASED = ("llama", "smollm3", "grok-1")
 """Architectures in which `attention_bias` and `mlp_bias` mean something."""
 _WINDOW_ASKED = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3")
 """Architectures that attend over a window only where `use_sliding_window` says so."""
+_GROKS = ("Grok1ForCausalLM", "Grok1ModelForCausalLM")
+"""Architectures of the Grok family; Grok-2's `model_type` is that of another network, which loads everywhere."""
 Layout = Literal["grok-1", "grok-1-vllm", "llama", "mistral", "smollm3", "qwen2", "qwen3", "mixtral"]
 """The layouts of Hugging Face folders that are written; `grok-1` is SGLang's, `grok-1-vllm` that of vLLM <= 0.24."""
 _ARCHITECTURES: dict[Layout, str] = {
@@ -64,6 +66,8 @@ def model_from_config(path: str | Path, planning: bool = False) -> ModelSpec:
 def spec_values(config: Mapping[str, Any], where: str, planning: bool = False) -> dict[str, Any]:
     """The fields of a model spec from those of a Hugging Face config."""
     kind = config.get("model_type")
+    if set(_listed(config.get("architectures"))) & set(_GROKS):
+        kind = "grok-1"
     known = _KNOWN + _PLANNED if planning else _KNOWN
     if kind not in known:
         raise InputError(f"{where}: model_type = {kind!r} is not known here; {nearest(str(kind), known)}")
@@ -85,7 +89,7 @@ def spec_values(config: Mapping[str, Any], where: str, planning: bool = False) -
             "context": config["max_position_embeddings"],
             "norm_eps": config.get("rms_norm_eps", 1e-5),
             "rope_base": config.get("rope_theta", rope.get("rope_theta", 2e6 if kind == "smollm3" else 10_000.0)),
-            "tied_embeddings": config.get("tie_word_embeddings", kind in ("grok-1", "smollm3")),
+            "tied_embeddings": config.get("tie_word_embeddings", _tied_by_default(kind, config)),
             "attention_bias": kind in _ATTENTION_BIASED and config.get("attention_bias", False),
             "qkv_bias": kind == "qwen2" or (kind == "qwen2_moe" and config.get("qkv_bias", True)),
             "mlp_bias": kind in _MLP_BIASED and config.get("mlp_bias", False),
@@ -111,22 +115,44 @@ def spec_values(config: Mapping[str, Any], where: str, planning: bool = False) -
         if kind == "deepseek_v3":
             values |= _deepseek_values(config, where)
         if kind == "grok-1":
-            values |= {
-                "activation": "gelu",
-                "norm_placement": "sandwich",
-                "attention_multiplier": config.get("attn_output_multiplier"),
-                "attention_softcap": config.get("max_attn_value", config.get("attn_logit_softcapping", 30.0)) or None,
-                "embedding_multiplier": config.get("embedding_multiplier_scale", 1.0),
-                "output_multiplier": config.get("output_multiplier_scale", 1.0),
-                "moe": {
-                    "experts": config.get("num_local_experts", config.get("num_experts")),
-                    "top_k": config.get("num_experts_per_tok", config.get("num_selected_experts")),
-                    "expert_hidden": config.get("moe_intermediate_size", config["intermediate_size"]),
-                },
-            }
+            values |= _grok_values(config, where)
     except KeyError as error:
         raise InputError(f"{where}: the field {error} is missing for model_type = {kind!r}") from None
     return {key: value for key, value in values.items() if value is not None}
+
+
+def _listed(given: Any) -> list[str]:
+    return [name for name in given if isinstance(name, str)] if isinstance(given, list) else []
+
+
+def _tied_by_default(kind: str | None, config: Mapping[str, Any]) -> bool:
+    """Whether the head is the embedding where a config doesn't say; Grok-2 has a head of its own."""
+    return kind == "smollm3" or (kind == "grok-1" and not config.get("residual_moe", False))
+
+
+def _grok_values(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Grok-1 and Grok-2."""
+    if config.get("sliding_window_size", -1) not in (None, -1) or config.get("global_attn_every_n", 1) != 1:
+        raise InputError(f"{where}: sliding_window_size = {config.get('sliding_window_size')!r} is not accepted: -1 is")
+    temperature = config.get("attn_temperature_len", -1)
+    moe = {
+        "experts": config.get("num_local_experts", config.get("num_experts")),
+        "top_k": config.get("num_experts_per_tok", config.get("num_selected_experts")),
+        "expert_hidden": config.get("moe_intermediate_size", config["intermediate_size"]),
+        "residual": config.get("residual_moe", False),
+        "router_softcap": config.get("router_logit_softcapping") or None,
+    }
+    return {
+        "activation": "gelu",
+        "norm_placement": "sandwich",
+        "attention_multiplier": config.get("attn_output_multiplier"),
+        "attention_softcap": config.get("max_attn_value", config.get("attn_logit_softcapping", 30.0)) or None,
+        "attention_temperature_length": temperature if temperature and temperature > 0 else None,
+        "output_softcap": config.get("final_logit_softcapping") or None,
+        "embedding_multiplier": config.get("embedding_multiplier_scale", 1.0),
+        "output_multiplier": config.get("output_multiplier_scale", 1.0),
+        "moe": {field: value for field, value in moe.items() if value is not None},
+    }
 
 
 def _gpt2_values(config: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -317,7 +343,7 @@ def config_from_model(model: ModelSpec, layout: Layout | None = None, dtype: str
     layout = layout or layout_of(model)
     config: dict[str, Any] = {
         "architectures": [_ARCHITECTURES[layout]],
-        "model_type": "grok-1" if layout == "grok-1-vllm" else layout,
+        "model_type": _model_type(model, layout),
         "num_hidden_layers": model.layers,
         "hidden_size": model.hidden,
         "intermediate_size": model.ffn_hidden,
@@ -355,8 +381,15 @@ def config_from_model(model: ModelSpec, layout: Layout | None = None, dtype: str
     return config
 
 
+def _model_type(model: ModelSpec, layout: Layout) -> str:
+    """What a config calls its network: Grok-2's release takes a name that every transformers knows."""
+    if layout == "grok-1" and model.moe is not None and model.moe.residual:
+        return "git"
+    return "grok-1" if layout == "grok-1-vllm" else layout
+
+
 def _grok_fields(model: ModelSpec, layout: Layout) -> dict[str, Any]:
-    """What Grok-1's config has beside the common fields, under SGLang's names and the older ones that vLLM reads."""
+    """What the config of Grok-1 and 2 has beside the common fields, under SGLang's names and those of older vLLM."""
     fields: dict[str, Any] = {
         "attn_output_multiplier": model.attention_scale,
         "attn_logit_softcapping": model.attention_softcap or 0.0,
@@ -373,6 +406,10 @@ def _grok_fields(model: ModelSpec, layout: Layout) -> dict[str, Any]:
     if layout == "grok-1":
         # The experts lie in ordinary files, at every degree of tensor parallelism.
         fields["load_presharded_moe"] = False
+        fields["router_logit_softcapping"] = (model.moe.router_softcap if model.moe else None) or 0.0
+        fields["final_logit_softcapping"] = model.output_softcap or 0.0
+        fields["attn_temperature_len"] = model.attention_temperature_length or -1
+        fields["residual_moe"] = model.moe is not None and model.moe.residual
     else:
         experts = model.moe.experts if model.moe else 0
         fields |= {"max_attn_value": model.attention_softcap or 0.0, "num_experts": experts}
