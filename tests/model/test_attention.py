@@ -1,4 +1,4 @@
-"""Soft-capped attention against its definition, fused attention's masks, rotary positions against transformers."""
+"""Soft-capped attention against its definition, fused attention's masks."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from modelworks.model.attention import KeyValueCache, fused_attention, rotary_tables, softcap_attention
+from modelworks.model.attention import KeyValueCache, fused_attention, softcap_attention
 from modelworks.model.decoder import Decoder
 from modelworks.spec.model import ModelSpec
 
@@ -135,43 +133,3 @@ def test_no_position_hears_of_a_later_one(changed: int, softcap: float | None) -
     after = attend()
     torch.testing.assert_close(after[:, :, :changed], before[:, :, :changed], rtol=1e-5, atol=1e-6)
     assert not torch.allclose(after[:, :, changed:], before[:, :, changed:])
-
-
-@pytest.mark.parametrize(
-    "scaling",
-    [
-        None,
-        {"rope_type": "linear", "factor": 4.0},
-        {
-            "rope_type": "llama3",
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
-    ],
-    ids=["plain", "linear", "llama3"],
-)
-def test_rotary_tables_equal_those_of_transformers(scaling: dict[str, float | str] | None) -> None:
-    spec = ModelSpec(
-        layers=1,
-        hidden=128,
-        ffn_hidden=128,
-        heads=2,
-        vocab=16,
-        context=32768,
-        rope_base=500_000.0,
-        rope_scaling=scaling,
-    )
-    config = LlamaConfig(
-        hidden_size=128,
-        num_attention_heads=2,
-        head_dim=64,
-        max_position_embeddings=32768,
-        rope_parameters={"rope_theta": 500_000.0, "rope_type": "default"} | (scaling or {}),
-    )
-    positions = torch.arange(100, 400)[None]
-    cosine, sine = LlamaRotaryEmbedding(config)(torch.zeros(1), positions)
-    ours = rotary_tables(spec, 100, 300, torch.device("cpu"))
-    torch.testing.assert_close(ours.cosine, cosine[0], rtol=0, atol=5e-5)
-    torch.testing.assert_close(ours.sine, sine[0], rtol=0, atol=5e-5)

@@ -274,7 +274,6 @@ def test_a_sequence_longer_than_the_context_is_refused() -> None:
         ("vision", {"vision": TOWER}),
         ("norm = 'layer'", {"norm": "layer"}),
         ("gated_mlp = False", {"gated_mlp": False}),
-        ("rope_scaling.rope_type = 'yarn'", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}),
         ("moe.shared_experts = 1", {"moe": EXPERTS | {"shared_experts": 1}}),
         ("moe.scoring = 'sigmoid'", {"moe": EXPERTS | {"scoring": "sigmoid"}}),
         ("moe.routed_multiplier = 2.5", {"moe": EXPERTS | {"routed_multiplier": 2.5}}),

@@ -43,6 +43,9 @@ SHAPES: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": 32,
         }
     },
+    "llama stretched": LLAMA | {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "llama by YaRN": LLAMA
+    | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 8.0}},
     "mistral": LLAMA | {"sliding_window": 16},
     "smollm3": LLAMA | {"nope_interval": 2, "tied_embeddings": True},
     "qwen2": LLAMA | {"qkv_bias": True},

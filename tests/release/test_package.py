@@ -36,6 +36,8 @@ GROK = SMALL | {
     "tied_embeddings": True,
     "moe": EXPERTS,
 }
+YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32}
+LATER = {"original_max_position_embeddings": 2048}
 SHAPES: dict[str, dict[str, Any]] = {
     "grok": GROK,
     "llama": SMALL | {"ffn_hidden": 160, "rope_base": 5000.0},
@@ -51,6 +53,11 @@ SHAPES: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": 8192,
         },
     },
+    "llama stretched": SMALL | {"ffn_hidden": 160, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "llama by another base": SMALL | {"ffn_hidden": 160, "rope_scaling": {"rope_type": "ntk", "factor": 4.0}},
+    "llama by YaRN": SMALL | {"ffn_hidden": 160, "rope_scaling": YARN},
+    "grok by YaRN": GROK | {"rope_scaling": YARN | {"beta_fast": 8.0, "attention_factor": 1.0} | LATER},
+    "qwen3 by YaRN": SMALL | {"ffn_hidden": 160, "qk_norm": True, "rope_scaling": YARN | {"attention_factor": 1.4}},
     "qwen3": SMALL | {"ffn_hidden": 160, "qk_norm": True},
     "mixtral": SMALL | {"moe": EXPERTS | {"renormalize": True}},
 }

@@ -8,16 +8,15 @@ and not with its square; without a cap the work is PyTorch's own fused attention
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modelworks.model.layers import Linear, RMSNorm
-from modelworks.model.support import rope_scaling_kind
+from modelworks.model.rotary import Rotary, rotate
 from modelworks.spec.model import ModelSpec
 
 QUERY_BLOCK = 64
@@ -25,59 +24,6 @@ QUERY_BLOCK = 64
 to keep a block's logits in the cache (at 512 positions a third faster than 128 or 256 on a CPU)."""
 LARGEST_EXPONENT = 60.0
 """Up to this soft cap the sum of a row's exponentials fits fp32 as it is; beyond it the largest logit is subtracted."""
-
-
-class Rotary(NamedTuple):
-    """What attention knows of each position, in fp32."""
-
-    cosine: Tensor
-    """(T, D) of its rotation."""
-    sine: Tensor
-    """(T, D)"""
-    temperature: Tensor | None = None
-    """(T) what its logits are multiplied with after their cap; None for one everywhere."""
-
-
-def rotary_frequencies(spec: ModelSpec, device: torch.device) -> Tensor:
-    """The angle per position of each pair of a head's dimensions (D / 2), in fp32.
-
-    `base ** (-2 i / D)` as in RoFormer (arXiv:2104.09864, eq. 15); `linear` divides by the factor; `llama3` divides
-    the slow frequencies only, with a smooth passage between (Llama 3.1's release).
-    """
-    exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.float32, device=device) / spec.head_dim
-    frequencies = 1.0 / spec.rope_base**exponents
-    kind, scaling = rope_scaling_kind(spec), spec.rope_scaling or {}
-    if kind == "linear":
-        return frequencies / float(scaling["factor"])
-    if kind == "llama3":
-        turns = float(scaling["original_max_position_embeddings"]) * frequencies / (2 * math.pi)
-        low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
-        kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
-        return kept * frequencies + (1.0 - kept) * frequencies / float(scaling["factor"])
-    return frequencies
-
-
-def rotary_tables(spec: ModelSpec, start: int, length: int, device: torch.device) -> Rotary:
-    """The rotations, and the temperature where there is one, of the positions `start` to `start + length`."""
-    positions = torch.arange(start, start + length, dtype=torch.float32, device=device)
-    angles = torch.outer(positions, rotary_frequencies(spec, device)).repeat(1, 2)  # (T, D)
-    return Rotary(angles.cos(), angles.sin(), temperature(spec, positions))
-
-
-def temperature(spec: ModelSpec, positions: Tensor) -> Tensor | None:
-    """What the attention logits of positions (T) are multiplied with: `log(position) / log(length)` beyond `length`.
-
-    As SGLang computes Grok-2 (``triton_ops/extend_attention.py``, `xai_temperature_len`), after the soft cap.
-    """
-    length = spec.attention_temperature_length
-    return None if length is None else (positions.clamp(min=length).log() / math.log(length))
-
-
-def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """Turn the heads (B, heads, T, D) by their positions, in fp32, pairing dimension i with i + D / 2 (rotate-half)."""
-    first, second = x.float().chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return (x.float() * rotary.cosine + turned * rotary.sine).to(x.dtype)
 
 
 @dataclass

@@ -19,12 +19,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from modelworks.model.attention import Attention, KeyValueCache, Rotary, rotary_tables
+from modelworks.model.attention import Attention, KeyValueCache
 from modelworks.model.experts import MixtureOfExperts, RouterReport
 from modelworks.model.generation import generate
 from modelworks.model.initialization import fill
 from modelworks.model.layers import Embedding, GatedMLP, Linear, RMSNorm, to_compute_dtype
 from modelworks.model.loss import chunked_cross_entropy, head_logits
+from modelworks.model.rotary import Rotary, rotary_tables
 from modelworks.model.support import refuse_unsupported
 from modelworks.spec.errors import InputError
 from modelworks.spec.model import ModelSpec

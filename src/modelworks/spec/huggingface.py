@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from modelworks.spec.errors import InputError
-from modelworks.spec.fields import nearest, validate
+from modelworks.spec.fields import Section, nearest, validate
 from modelworks.spec.model import ModelSpec
+from modelworks.spec.rope import USED
 
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu"}
 _KNOWN = ["llama", "mistral", "mixtral", "qwen2", "qwen3", "smollm3", "grok-1"]
@@ -22,6 +23,10 @@ _WINDOW_ASKED = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3")
 """Architectures that attend over a window only where `use_sliding_window` says so."""
 _GROKS = ("Grok1ForCausalLM", "Grok1ModelForCausalLM")
 """Architectures of the Grok family; Grok-2's `model_type` is that of another network, which loads everywhere."""
+_ROPE_TYPES = ("linear", "dynamic", "yarn", "llama3")
+"""The kinds of context extension that transformers has and we do."""
+_GROK_ROPE_TYPES = {"yarn": "yarn", "yarn_linear": "yarn", "yarn_log": "yarn_log"}
+"""Those that SGLang's Grok has, beside `original`, and what they are called here."""
 Layout = Literal["grok-1", "grok-1-vllm", "llama", "mistral", "smollm3", "qwen2", "qwen3", "mixtral"]
 """The layouts of Hugging Face folders that are written; `grok-1` is SGLang's, `grok-1-vllm` that of vLLM <= 0.24."""
 _ARCHITECTURES: dict[Layout, str] = {
@@ -68,6 +73,7 @@ def spec_values(config: Mapping[str, Any], where: str, planning: bool = False) -
     kind = config.get("model_type")
     if set(_listed(config.get("architectures"))) & set(_GROKS):
         kind = "grok-1"
+        config = {**config, "model_type": kind}
     known = _KNOWN + _PLANNED if planning else _KNOWN
     if kind not in known:
         raise InputError(f"{where}: model_type = {kind!r} is not known here; {nearest(str(kind), known)}")
@@ -99,8 +105,7 @@ def spec_values(config: Mapping[str, Any], where: str, planning: bool = False) -
         }
         if config.get("head_dim"):
             values["head_dim"] = config["head_dim"]
-        if rope.get("rope_type", rope.get("type", "default")) != "default":
-            values["rope_scaling"] = {key: value for key, value in rope.items() if isinstance(value, (int, float, str))}
+        values |= _stretched(config, rope, where)
         if kind == "mixtral":
             values["moe"] = {
                 "experts": config["num_local_experts"],
@@ -259,6 +264,93 @@ def _rope(config: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     return {}
 
 
+def _stretched(config: Mapping[str, Any], rope: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The fields of context extension, from the rotary embedding's table or from Grok's own fields."""
+    if config.get("model_type") == "grok-1" and config.get("rope_type"):
+        return _groks_stretched(config, where)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return {}
+    if kind not in _ROPE_TYPES:
+        raise InputError(
+            f"{where}: rope_scaling.rope_type = {kind!r} is not accepted: one of {', '.join(_ROPE_TYPES)} is"
+        )
+    scaling = {"rope_type": kind} | {
+        key: rope[key] for key in ("factor", *USED[kind]) if rope.get(key) is not None and key != "extrapolation_factor"
+    }
+    if kind == "dynamic":
+        # There the context in the config is the one before the extension, and no longer one is stated.
+        original, factor = config["max_position_embeddings"], scaling.get("factor")
+        longest = original * factor if isinstance(original, int) and isinstance(factor, (int, float)) else original
+        return {
+            "rope_scaling": scaling | {"original_max_position_embeddings": original},
+            "context": int(longest) if isinstance(longest, float) else longest,
+        }
+    if kind in ("yarn", "llama3"):
+        scaling.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
+        if kind == "yarn" and "factor" not in scaling and isinstance(config["max_position_embeddings"], int):
+            scaling["factor"] = config["max_position_embeddings"] / scaling["original_max_position_embeddings"]
+    return {"rope_scaling": scaling}
+
+
+def _groks_stretched(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Context extension in the fields that SGLang reads for Grok; its attention factor is never applied there.
+
+    The released Grok-2 says `original`, which is no extension beside its base.
+    """
+    kind = config["rope_type"]
+    if kind == "original":
+        return {}
+    if kind not in _GROK_ROPE_TYPES:
+        accepted = ", ".join(("original", *_GROK_ROPE_TYPES))
+        raise InputError(f"{where}: rope_type = {kind!r} is not accepted: one of {accepted} is")
+    scaling = {
+        "rope_type": _GROK_ROPE_TYPES[kind],
+        "factor": config["scaling_factor"],
+        "original_max_position_embeddings": config["original_max_position_embeddings"],
+        "attention_factor": 1.0,
+    }
+    kept = ("beta_fast", "beta_slow", "extrapolation_factor")
+    return {"rope_scaling": scaling | {key: config[key] for key in kept if config.get(key) is not None}}
+
+
+def _groks_rope_fields(model: ModelSpec, layout: Layout) -> dict[str, Any]:
+    """The inverse of `_groks_stretched`."""
+    scaling = model.rope_scaling
+    if scaling is None:
+        return {}
+    kinds = {ours: theirs for theirs, ours in _GROK_ROPE_TYPES.items() if theirs != "yarn_linear"}
+    if layout == "grok-1-vllm" or scaling.rope_type not in kinds:
+        raise InputError(
+            f"model.rope_scaling.rope_type = {scaling.rope_type!r} has no place in the config of "
+            f"{_ARCHITECTURES[layout]}: "
+            + ("leaving rope_scaling out" if layout == "grok-1-vllm" else f"one of {', '.join(kinds)}")
+            + " is accepted"
+        )
+    fields = {
+        "rope_type": kinds[scaling.rope_type],
+        "original_max_position_embeddings": scaling.original_max_position_embeddings,
+        "scaling_factor": scaling.factor,
+        "extrapolation_factor": scaling.extrapolation_factor,
+        "beta_fast": scaling.beta_fast,
+        "beta_slow": scaling.beta_slow,
+    }
+    return {key: value for key, value in fields.items() if value is not None}
+
+
+def _stretching_table(model: ModelSpec, layout: Layout) -> dict[str, Any]:
+    """A config's `rope_scaling` table."""
+    scaling = model.rope_scaling
+    if scaling is None:
+        return {}
+    if scaling.rope_type not in _ROPE_TYPES:
+        raise InputError(
+            f"model.rope_scaling.rope_type = {scaling.rope_type!r} has no place in the config of "
+            f"{_ARCHITECTURES[layout]}: one of {', '.join(_ROPE_TYPES)} is accepted"
+        )
+    return {"rope_scaling": scaling.model_dump(exclude_none=True)}
+
+
 def _sliding_window(config: Mapping[str, Any], where: str) -> int | None:
     """The window that every layer attends over; None for the whole context. Layers that differ are refused."""
     kind, window, context = (
@@ -340,7 +432,7 @@ def config_from_model(model: ModelSpec, layout: Layout | None = None, dtype: str
     InputError
         If a field of the network has no place in the config: what is written always reads back as the same network.
     """
-    layout = layout or layout_of(model)
+    layout, model = layout or layout_of(model), with_plain_base(model)
     config: dict[str, Any] = {
         "architectures": [_ARCHITECTURES[layout]],
         "model_type": _model_type(model, layout),
@@ -360,8 +452,10 @@ def config_from_model(model: ModelSpec, layout: Layout | None = None, dtype: str
         "mlp_bias": model.mlp_bias,
         "torch_dtype": dtype,
     }
-    if model.rope_scaling is not None:
-        config["rope_scaling"] = {key: value for key, value in model.rope_scaling.items() if key != "rope_theta"}
+    if layout not in ("grok-1", "grok-1-vllm"):
+        config |= _stretching_table(model, layout)
+        if model.rope_scaling is not None and model.rope_scaling.rope_type == "dynamic":
+            config["max_position_embeddings"] = model.rope_scaling.original_max_position_embeddings
     if layout == "mixtral" and model.moe is not None:
         config |= {"num_local_experts": model.moe.experts, "num_experts_per_tok": model.moe.top_k}
         config["intermediate_size"] = model.moe.expert_hidden
@@ -376,7 +470,7 @@ def config_from_model(model: ModelSpec, layout: Layout | None = None, dtype: str
         config |= {"no_rope_layer_interval": interval, "pad_token_id": None}
         config["no_rope_layers"] = [int(model.has_rotary(layer)) for layer in range(model.layers)]
     if layout in ("grok-1", "grok-1-vllm"):
-        config |= _grok_fields(model, layout)
+        config |= _grok_fields(model, layout) | _groks_rope_fields(model, layout)
     _refuse_lossy(model, config, layout)
     return config
 
@@ -386,6 +480,14 @@ def _model_type(model: ModelSpec, layout: Layout) -> str:
     if layout == "grok-1" and model.moe is not None and model.moe.residual:
         return "git"
     return "grok-1" if layout == "grok-1-vllm" else layout
+
+
+def with_plain_base(model: ModelSpec) -> ModelSpec:
+    """The same network with a static NTK-aware extension written as what it is: another base."""
+    if model.rope_scaling is None or model.rope_scaling.rope_type != "ntk" or model.head_dim <= 2:
+        return model
+    base = model.rope_base * model.rope_scaling.factor ** (model.head_dim / (model.head_dim - 2))
+    return model.model_copy(update={"rope_base": base, "rope_scaling": None})
 
 
 def _grok_fields(model: ModelSpec, layout: Layout) -> dict[str, Any]:
@@ -426,6 +528,7 @@ def _refuse_lossy(model: ModelSpec, config: Mapping[str, Any], layout: Layout) -
             continue
         if field == "attention_multiplier" and model.attention_scale == back.attention_scale:
             continue
+        given, read = (v.model_dump(exclude_none=True) if isinstance(v, Section) else v for v in (given, read))
         raise InputError(
             f"model.{field} = {given!r} has no place in the config of {_ARCHITECTURES[layout]}: {read!r} is accepted"
         )

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from modelworks.model.attention import Attention, Rotary, rotary_tables
+from modelworks.model.attention import Attention
 from modelworks.model.decoder import Block, Decoder, Losses
 from modelworks.model.experts import (
     MixtureOfExperts,
@@ -32,6 +32,7 @@ from modelworks.model.experts import (
 )
 from modelworks.model.layers import to_compute_dtype
 from modelworks.model.loss import CHUNK, chunked_cross_entropy
+from modelworks.model.rotary import Rotary, rotary_tables
 from modelworks.train.exchange import exchange, gather, scale_gradient, scatter_sum
 
 
