@@ -150,7 +150,7 @@ def test_many_files_with_an_index_are_one_network(tmp_path: Path, monkeypatch: p
         ("qwen2", {"nope_interval": 2}, "nope_interval"),
         ("smollm3", {"sliding_window": 16}, "sliding_window"),
         ("mixtral", {"attention_multiplier": 0.3}, "attention_multiplier"),
-        ("grok-1", {"output_softcap": 20.0}, "output_softcap"),
+        ("grok-1", {"moe": EXPERTS | {"renormalize": True}}, "moe"),
     ],
 )
 def test_a_field_that_a_config_has_no_place_for_is_refused_by_name(

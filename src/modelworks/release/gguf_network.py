@@ -57,7 +57,7 @@ def metadata_of(spec: ModelSpec) -> tuple[str, dict[str, Any]]:
         "context_length": spec.context,
         "embedding_length": spec.hidden,
         "block_count": spec.layers,
-        "feed_forward_length": spec.moe.expert_hidden if spec.moe else spec.ffn_hidden,
+        "feed_forward_length": spec.moe.expert_hidden if spec.moe and not spec.moe.residual else spec.ffn_hidden,
         "attention.head_count": spec.heads,
         "attention.head_count_kv": spec.kv_heads,
         "attention.key_length": spec.head_dim,
@@ -71,14 +71,46 @@ def metadata_of(spec: ModelSpec) -> tuple[str, dict[str, Any]]:
         values |= {"expert_count": spec.moe.experts, "expert_used_count": spec.moe.top_k}
     if architecture == "grok":
         values |= {
-            "expert_feed_forward_length": values["feed_forward_length"],
+            "expert_feed_forward_length": spec.moe.expert_hidden if spec.moe else spec.ffn_hidden,
             "logit_scale": float(spec.output_multiplier),
             "embedding_scale": float(spec.embedding_multiplier),
             "attention.output_scale": float(spec.attention_scale),
             "attn_logit_softcapping": float(spec.attention_softcap or 0.0),
         }
+        values |= _groks_own(spec)
     _refuse_lossy(spec, architecture, values)
     return architecture, values
+
+
+def _groks_own(spec: ModelSpec) -> dict[str, Any]:
+    """What Grok-2 has beyond Grok-1, and whether gates are rescaled where it can be told from the outside."""
+    values: dict[str, Any] = {"router_logit_softcapping": 0.0}
+    if spec.moe is not None:
+        values["router_logit_softcapping"] = float(spec.moe.router_softcap or 0.0)
+        if spec.moe.residual or spec.moe.renormalize:
+            values["expert_weights_norm"] = spec.moe.renormalize
+    if spec.output_softcap is not None:
+        values["final_logit_softcapping"] = float(spec.output_softcap)
+    if spec.attention_temperature_length is not None:
+        values["attention.temperature_length"] = spec.attention_temperature_length
+    return values
+
+
+def left_out_by_llama_cpp(spec: ModelSpec) -> list[str]:
+    """What llama.cpp's `grok` reads of a network, or not even that, and computes without; empty where it has it all.
+
+    It rescales the chosen gates to sum to one. Alone that is undone by the norm after the experts; beside a dense
+    network it changes how much the experts count. Source: llama.cpp, ``src/models/grok.cpp`` (2026).
+    """
+    found = []
+    if spec.norm_placement == "sandwich" and spec.moe is not None:
+        if spec.moe.router_softcap is not None:
+            found.append(f"moe.router_softcap = {spec.moe.router_softcap}")
+        if spec.moe.residual and not spec.moe.renormalize:
+            found.append("moe.renormalize = false beside moe.residual = true")
+    if spec.attention_temperature_length is not None:
+        found.append(f"attention_temperature_length = {spec.attention_temperature_length}")
+    return found
 
 
 def spec_of(file: GgufHeader) -> ModelSpec:
@@ -100,6 +132,8 @@ def spec_of(file: GgufHeader) -> ModelSpec:
     fields = _fields(architecture, values, str(file.path), tied=tied, attention_bias=biased)
     fields["qkv_bias"] = "blk.0.attn_q.bias" in file.tensors and not biased
     fields["mlp_bias"] = "blk.0.ffn_down.bias" in file.tensors
+    if "moe" in fields and architecture == "grok":
+        fields["moe"]["residual"] = "blk.0.ffn_up.weight" in file.tensors
     if ROPE_FACTORS in file.tensors:
         plain = validate(ModelSpec, fields, where=str(file.path))
         fields["rope_scaling"] = _llama3_scaling(file, plain).model_dump(exclude_none=True)
@@ -172,7 +206,12 @@ def _fields(
                 "attention_softcap": _decimal(values["attn_logit_softcapping"]),
                 "embedding_multiplier": _decimal(values["embedding_scale"]),
                 "output_multiplier": _decimal(values["logit_scale"]),
+                "output_softcap": _decimal(values.get("final_logit_softcapping", 0.0)) or None,
+                "attention_temperature_length": values.get("attention.temperature_length"),
             }
+        if architecture == "grok" and "moe" in fields:
+            fields["moe"]["renormalize"] = values.get("expert_weights_norm", False)
+            fields["moe"]["router_softcap"] = _decimal(values.get("router_logit_softcapping", 0.0)) or None
     except KeyError as error:
         raise InputError(f"{where}: the key {architecture}.{error.args[0]} is missing") from None
     except (TypeError, ValueError):
@@ -252,6 +291,8 @@ def _refuse_lossy(spec: ModelSpec, architecture: str, values: dict[str, Any]) ->
         architecture, values, "metadata", tied=spec.tied_embeddings, attention_bias=spec.attention_bias
     )  # fmt: skip
     fields |= {"qkv_bias": spec.qkv_bias, "mlp_bias": spec.mlp_bias}
+    if architecture == "grok" and spec.moe is not None and "moe" in fields:
+        fields["moe"]["residual"] = spec.moe.residual
     back = validate(ModelSpec, fields, where="metadata")
     for name in ModelSpec.model_fields:
         given, read = getattr(spec, name), getattr(back, name)
