@@ -108,7 +108,7 @@ def left_out_by_llama_cpp(spec: ModelSpec) -> list[str]:
             found.append(f"moe.router_softcap = {spec.moe.router_softcap}")
         if spec.moe.residual and not spec.moe.renormalize:
             found.append("moe.renormalize = false beside moe.residual = true")
-    if spec.attention_temperature_length is not None:
+    if spec.attention_temperature_length is not None and spec.context > spec.attention_temperature_length + 1:
         found.append(f"attention_temperature_length = {spec.attention_temperature_length}")
     return found
 
