@@ -89,8 +89,7 @@ def _kept_by_yarn(spec: ModelSpec, scaling: RopeScalingSpec) -> Tensor:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, spec.head_dim - 1)
     ramp = (torch.arange(pairs, dtype=torch.float32) - first) / (last - first if last != first else 0.001)
-    whole = 1.0 if scaling.extrapolation_factor is None else scaling.extrapolation_factor
-    return (1.0 - ramp.clamp(0.0, 1.0)) * whole
+    return (1.0 - ramp.clamp(0.0, 1.0)) * scaling.extrapolated
 
 
 def attention_factor(spec: ModelSpec) -> float:

@@ -33,6 +33,7 @@ _YARN_KEYS = {
     "beta_fast": "yarn_beta_fast", "beta_slow": "yarn_beta_slow", "extrapolation_factor": "yarn_ext_factor",
 }  # fmt: skip
 """Fields of `rope_scaling` and their keys in a GGUF file, behind `rope.scaling.`."""
+_YARN_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0, "extrapolation_factor": 1.0}
 _LLAMA3 = [
     RopeScalingSpec(
         rope_type="llama3", factor=factor, low_freq_factor=1.0, high_freq_factor=4.0,
@@ -66,7 +67,7 @@ def metadata_of(spec: ModelSpec) -> tuple[str, dict[str, Any]]:
         "rope.dimension_count": spec.head_dim,
         "rope.freq_base": float(spec.rope_base),
     }
-    values |= _stretching(spec)
+    values |= _stretching(spec, architecture)
     if spec.moe is not None:
         values |= {"expert_count": spec.moe.experts, "expert_used_count": spec.moe.top_k}
     if architecture == "grok":
@@ -193,7 +194,7 @@ def _fields(
             fields["head_dim"] = values["attention.key_length"]
         scaling = values.get("rope.scaling.type", "none")
         if scaling != "none":
-            fields["rope_scaling"] = _stretched(scaling, values)
+            fields["rope_scaling"] = _stretched(scaling, values, architecture)
         if values.get("expert_count", 0):
             width = values.get("expert_feed_forward_length", values["feed_forward_length"])
             fields["moe"] = {"experts": values["expert_count"], "top_k": values["expert_used_count"]}
@@ -224,10 +225,11 @@ def _decimal(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _stretching(spec: ModelSpec) -> dict[str, Any]:
+def _stretching(spec: ModelSpec, architecture: str) -> dict[str, Any]:
     """Context extension under llama.cpp's keys; what is written as factors of frequencies (`llama3`) needs none.
 
-    llama.cpp multiplies cosine and sine with YaRN's own attention factor and with `attn_factor`.
+    llama.cpp multiplies cosine and sine with YaRN's own attention factor and with `attn_factor`; where the ramp begins
+    and ends it reads for `grok` only.
     """
     scaling = spec.rope_scaling
     if scaling is None or scaling.rope_type == "llama3":
@@ -242,13 +244,20 @@ def _stretching(spec: ModelSpec) -> dict[str, Any]:
     if scaling.rope_type == "yarn":
         values["rope.scaling.original_context_length"] = scaling.original_max_position_embeddings or spec.context
         values["rope.scaling.attn_factor"] = attention_factor(spec) / _yarns_own(scaling.factor)
-        for field, key in _YARN_KEYS.items():
-            if getattr(scaling, field) is not None:
-                values[f"rope.scaling.{key}"] = float(getattr(scaling, field))
+        ramp = {"beta_fast": scaling.fast, "beta_slow": scaling.slow, "extrapolation_factor": scaling.extrapolated}
+        if architecture == "grok":
+            values |= {f"rope.scaling.{_YARN_KEYS[field]}": float(given) for field, given in ramp.items()}
+        else:
+            for field, given in ramp.items():
+                if given != _YARN_DEFAULTS[field]:
+                    raise InputError(
+                        f"model.rope_scaling.{field} = {given} has no place in llama.cpp's {architecture}: "
+                        f"{_YARN_DEFAULTS[field]} is accepted"
+                    )
     return values
 
 
-def _stretched(kind: str, values: dict[str, Any]) -> dict[str, Any]:
+def _stretched(kind: str, values: dict[str, Any], architecture: str) -> dict[str, Any]:
     """The inverse of `_stretching`."""
     factor = _decimal(values.get("rope.scaling.factor", 1.0))
     scaling: dict[str, Any] = {"rope_type": kind, "factor": factor}
@@ -261,6 +270,8 @@ def _stretched(kind: str, values: dict[str, Any]) -> dict[str, Any]:
             for field, key in _YARN_KEYS.items()
             if f"rope.scaling.{key}" in values
         }
+        if architecture == "grok":
+            scaling.setdefault("beta_fast", 8.0)  # what llama.cpp takes for it where a file says nothing
         own = _decimal(values.get("rope.scaling.attn_factor", 1.0))
         if own != 1.0:
             scaling["attention_factor"] = _decimal(own * _yarns_own(factor))

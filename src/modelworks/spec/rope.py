@@ -6,7 +6,7 @@ copied as it stands; `model.rotary` computes what they mean. A change of the bas
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -113,5 +113,7 @@ class RopeScalingSpec(Section):
         """`beta_slow`, or its default."""
         return 1.0 if self.beta_slow is None else self.beta_slow
 
-
-ROPE_TYPES: tuple[str, ...] = get_args(RopeType)
+    @property
+    def extrapolated(self) -> float:
+        """`extrapolation_factor`, or its default."""
+        return 1.0 if self.extrapolation_factor is None else self.extrapolation_factor
