@@ -65,9 +65,12 @@ def train_and_release(
         stopped or releases nothing.
     """
     spec = with_layout(spec, resume)
+    if not resume:
+        _refuse_beginning(spec)
     copies = _copies(spec, resume, say)
     with open_run(spec, resume) as session, copies or contextlib.nullcontext():
         _write_plan(session.folder, spec)
+        _bring_weights(session, spec)
         if spec.cluster.gpus == 1:
             from modelworks.train.loop import train
 
@@ -88,6 +91,24 @@ def train_and_release(
                 raise
             session.report(message=None, released=True, served_as=released["served_as"])
     return result, released
+
+
+def _refuse_beginning(spec: RunSpec) -> None:
+    """Refuse weights that the run can't begin with before its folder is made."""
+    if spec.train.init_from is not None:
+        from modelworks.release.beginning import refuse_beginning
+
+        refuse_beginning(spec)
+
+
+def _bring_weights(session: RunSession, spec: RunSpec) -> None:
+    """Put the weights that the run begins with into its folder, unless it is past its beginning."""
+    if spec.train.init_from is None or any((session.folder / "checkpoints").glob("step-*")):
+        return
+    from modelworks.release.beginning import bring_weights
+
+    session.report(message=f"bringing the weights of {spec.train.init_from}")
+    bring_weights(spec, session.folder)
 
 
 def _copies(spec: RunSpec, resume: bool, say: Say) -> Copies | None:

@@ -78,6 +78,9 @@ def run_from(values: Mapping[str, Any], where: str = "run spec", folder: Path | 
         cluster["device"] = _from_folder(cluster["device"], folder)
     if isinstance(data, Mapping):
         values["data"] = _with_paths(data, folder)
+    train = values.get("train")
+    if isinstance(train, Mapping) and "/" in str(train.get("init_from", "")):
+        values["train"] = {**train, "init_from": _from_folder(str(train["init_from"]), folder)}
     return validate(RunSpec, values, where)
 
 
