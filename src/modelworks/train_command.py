@@ -350,6 +350,7 @@ def dry_run(spec: RunSpec, ranks: list[int] | None = None) -> dict[str, Any]:
     dict
         ``processes``, ``layout`` in words, and for each rank in ``ranks`` what it holds (`train.dry_run.Member`), with
         ``planned`` bytes of weights, gradients and optimizer state, and ``ratio``, measured over planned, of their sum.
+        ``without`` names what of the spec neither counts.
 
     Raises
     ------
@@ -360,7 +361,10 @@ def dry_run(spec: RunSpec, ranks: list[int] | None = None) -> dict[str, Any]:
     from modelworks.train.dry_run import members
     from modelworks.train.layout import layout
 
-    spec = with_layout(spec)
+    # The trainer has no vision tower: what is counted is the decoder, and the plan is held to the same.
+    without = [] if spec.model.vision is None else ["model.vision"]
+    spec = spec.model_copy(update={"model": spec.model.model_copy(update={"vision": None})})
+    spec = with_layout(spec, device=spec.cluster.device)
     degrees = layout(spec, spec.cluster.gpus)
     chosen = {name: getattr(degrees, name) for name in LAID_OUT}
     stated = spec.model_copy(update={"parallel": spec.parallel.model_copy(update=chosen)})
@@ -376,6 +380,7 @@ def dry_run(spec: RunSpec, ranks: list[int] | None = None) -> dict[str, Any]:
         "name": spec.name,
         "processes": degrees.processes,
         "layout": degrees.describe(),
+        "without": without,
         "zero_stage": degrees.zero_stage,
         "device_memory_bytes": device_spec(spec.cluster.device).memory_bytes,
         "ranks": rows,
