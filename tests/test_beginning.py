@@ -83,7 +83,6 @@ def make(source: Path | str, text: Path, name: str = "continued", **changed: Any
             "source": "files",
             "files": [str(text)],
             "validation_fraction": 0.3,
-            "tokenizer": str(Path(source) / "tokenizer.json") if "/" in str(source) else "bpe",
         },
         "train": {
             "init_from": str(source),
@@ -140,10 +139,9 @@ def test_grok_shaped_networks_are_upcycled_without_rescaled_gates(home: Path, de
     source = runs_folder() / "grok"
     spec = make(dense, text, "grok", model=grok, train={"init_from": None})
     train_and_release(spec, False, NoView(), lambda _: None)
-    tokenizer = {"tokenizer": str(source / "tokenizer.json")}
-    before = begun(make("grok", text, "again", model=grok, data=tokenizer))._validate()
+    before = begun(make("grok", text, "again", model=grok))._validate()
     sparse = grok | {"moe": EXPERTS | {"renormalize": False}}
-    after = begun(make("grok", text, "sparse", model=sparse, data=tokenizer))._validate()
+    after = begun(make("grok", text, "sparse", model=sparse))._validate()
     last = json.loads((source / "status.json").read_text())["validation_bpb"]
     assert before == pytest.approx(last, rel=1e-6)
     assert after == pytest.approx(before, rel=1e-3)  # The norms' epsilon is not scaled along.
@@ -207,7 +205,6 @@ def test_weights_stay_in_the_runs_folder_when_their_source_is_gone(
     [
         ({"train": {"init_from": "/nowhere"}}, "there is no folder /nowhere"),
         ({"train": {"init_from": "no-such-run"}}, "init_from = 'no-such-run' is not accepted"),
-        ({"data": {"tokenizer": "bpe"}}, "data.tokenizer = 'bpe' is not accepted with train.init_from"),
         ({"model": {"layers": 3}}, r"model.layers = 3 is not accepted: the weights of .* have 2"),
         ({"model": {"vocab": 500}}, "model.vocab = 500 is not accepted"),
         ({"model": {"moe": EXPERTS | {"expert_hidden": 64}}}, "model.moe.expert_hidden = 64 .* have 96"),
@@ -232,5 +229,18 @@ def test_a_tokenizer_with_other_pieces_is_refused(home: Path, dense: Path, text:
     one, other = list(vocabulary)[10:12]
     vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    refuse_beginning(make(dense, text, data={"tokenizer": str(dense / "tokenizer.json")}))
     with pytest.raises(InputError, match="it has other pieces than the weights' own"):
         refuse_beginning(make(dense, text, data={"tokenizer": str(tmp_path / "tokenizer.json")}))
+
+
+def test_the_weights_own_tokenizer_is_taken(home: Path, dense: Path, text: Path, tmp_path: Path) -> None:
+    begun(make(dense, text))
+    given = (runs_folder() / "continued" / "tokenizer.json").read_text()
+    assert json.loads(given)["model"] == json.loads((dense / "tokenizer.json").read_text())["model"]
+    shutil.copytree(dense, tmp_path / "without")
+    (tmp_path / "without" / "tokenizer.json").unlink()
+    with pytest.raises(
+        InputError, match=r"data\.tokenizer = 'bpe' is not accepted with train\.init_from, since .* missing"
+    ):
+        refuse_beginning(make(tmp_path / "without", text))

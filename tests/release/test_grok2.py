@@ -59,6 +59,7 @@ YARN = {
     "beta_fast": 8.0,
     "beta_slow": 1.0,
     "attention_factor": 1.0,
+    "extrapolation_factor": 1.0,
 }
 PUBLISHED = {
     "architectures": ["Grok1ForCausalLM"],

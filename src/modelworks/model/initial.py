@@ -24,7 +24,7 @@ from torch import Tensor
 from modelworks.spec.errors import InputError, OperationError
 from modelworks.spec.model import ModelSpec
 
-FOLDER, INDEX = "initial", "index.json"
+FOLDER, INDEX, TOKENIZER = "initial", "index.json", "tokenizer.json"
 _EXPERTS = re.compile(r"(blocks\.\d+)\.moe\.(gate|up|down)")
 _ROUTER = re.compile(r"blocks\.\d+\.moe\.router\.weight")
 _MAY_DIFFER = ("name", "preset", "context", "rope_base", "rope_scaling", "attention_temperature_length", "moe")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from modelworks.model import checkpoint
 from modelworks.model.decoder import Decoder
-from modelworks.model.initial import FOLDER, INDEX, refuse_other
+from modelworks.model.initial import FOLDER, INDEX, TOKENIZER, refuse_other
 from modelworks.release.huggingface import SHARD_BYTES, Progress
 from modelworks.release.staging import staged_folder
 from modelworks.release.weights_folder import WeightsFolder
@@ -62,6 +63,8 @@ def bring_weights(spec: RunSpec, run_folder: Path, progress: Progress | None = N
                 _write(temporary, weights, held)
             held[name] = source.read(name, shape)
         _write(temporary, weights, held)
+        if (source.path / TOKENIZER).is_file():
+            shutil.copyfile(source.path / TOKENIZER, temporary / TOKENIZER)
         index = {"key": source.key, "source": str(source.path), "weights": weights}
         (temporary / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
@@ -109,12 +112,15 @@ class _Source:
         return torch.stack([self._folder.tensor(name, expert, shape[1:]) for expert in range(shape[0])])
 
     def _refuse_other_tokenizer(self, spec: RunSpec) -> None:
-        theirs = self.path / "tokenizer.json"
+        theirs = self.path / TOKENIZER
         if spec.data.tokenizer == "bpe":
-            raise InputError(
-                "data.tokenizer = 'bpe' is not accepted with train.init_from, whose weights know their own tokenizer's "
-                f"pieces: its tokenizer.json is ({theirs})"
-            )
+            if not theirs.is_file():
+                raise InputError(
+                    f"data.tokenizer = 'bpe' is not accepted with train.init_from, since {theirs} is missing: the "
+                    "tokenizer.json that the weights were trained with is"
+                )
+            _pieces(theirs)
+            return
         if theirs.is_file() and _pieces(theirs) != _pieces(Path(spec.data.tokenizer).expanduser()):
             raise InputError(
                 f"data.tokenizer = {spec.data.tokenizer!r} is not accepted with train.init_from: it has other pieces "
