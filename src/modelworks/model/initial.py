@@ -62,6 +62,8 @@ class InitialWeights:
         OperationError
             If the weights lack the parameter, or have it in another shape.
         """
+        if part.numel() == 0:
+            return True
         start = tuple(start) or (0,) * part.dim()
         whole = tuple(shape) or tuple(part.shape)
         if name in self._file_of:
