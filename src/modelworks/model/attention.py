@@ -207,7 +207,7 @@ def _softcap_backward(
 
 @_softcap_forward.register_fake
 def _(queries: Tensor, keys: Tensor, values: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    batch, heads, length, _ = queries.shape
+    batch, heads, length, _width = queries.shape
     log_sums = queries.new_empty(batch, keys.shape[1], heads // keys.shape[1], length, dtype=torch.float32)
     return torch.empty_like(queries, memory_format=torch.contiguous_format), log_sums
 

@@ -248,10 +248,10 @@ def _stretching(spec: ModelSpec, architecture: str) -> dict[str, Any]:
         if architecture == "grok":
             values |= {f"rope.scaling.{_YARN_KEYS[field]}": float(given) for field, given in ramp.items()}
         else:
-            for field, given in ramp.items():
-                if given != _YARN_DEFAULTS[field]:
+            for field, number in ramp.items():
+                if number != _YARN_DEFAULTS[field]:
                     raise InputError(
-                        f"model.rope_scaling.{field} = {given} has no place in llama.cpp's {architecture}: "
+                        f"model.rope_scaling.{field} = {number} has no place in llama.cpp's {architecture}: "
                         f"{_YARN_DEFAULTS[field]} is accepted"
                     )
     return values

@@ -131,7 +131,9 @@ class SplitForward:
     def layers(self, blocks: Iterable[nn.Module], x: Tensor, seq_len: int) -> tuple[Tensor, list[RouterReport]]:
         """The residual stream after some layers, and their routers' reports on sequences of `seq_len` tokens."""
         whole = rotary_tables(self._decoder.spec, 0, seq_len, x.device)
-        rotary = Rotary(*(table if table is None else of_rank(table, 0, self._groups.context) for table in whole))
+        cosine, sine = (of_rank(table, 0, self._groups.context) for table in whole[:2])
+        temperature = None if whole.temperature is None else of_rank(whole.temperature, 0, self._groups.context)
+        rotary = Rotary(cosine, sine, temperature)
         cache: Any = _GatheredKeys(self._groups.context) if self._groups.context.size() > 1 else None
         reports = []
         for block in blocks:
