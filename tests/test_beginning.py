@@ -119,7 +119,7 @@ def test_a_run_begins_with_the_weights_that_it_is_given(home: Path, dense: Path,
         assert torch.equal(given, found), name
 
 
-@pytest.mark.parametrize("top_k", [1, 2, 8])
+@pytest.mark.parametrize("top_k", [2, 8])
 def test_an_upcycled_network_has_the_dense_ones_loss_on_real_text(
     home: Path, dense: Path, text: Path, top_k: int
 ) -> None:
