@@ -573,16 +573,26 @@ def import_grok1_command(
 def import_hf_command(
     folder: Annotated[Path, typer.Argument(help="A Hugging Face folder with config.json and safetensors files.")],
     out: OutFolder,
+    to: Annotated[str, typer.Option(help="safetensors, gguf or both, with a comma between.")] = "safetensors",
     dtype: WeightType = "float32",
+    quantize: Annotated[str, typer.Option(help="Of the GGUF file: f32, f16, bf16, q8_0 or q4_k.")] = "q8_0",
+    tokenizer: Annotated[Path | None, typer.Option(help="For GGUF, where the folder has no tokenizer.json.")] = None,
 ) -> None:
-    """Check a Hugging Face folder against its config and write it as a model of ours.
+    """Check a Hugging Face folder against its config and write it as a model of ours; Grok-2's pre-sharded one too.
 
     Example: modelworks import hf SmolLM2-135M-Instruct --out smollm2
     """
     from modelworks.release.gguf_import import import_huggingface
+    from modelworks.release.gguf_network import left_out_by_llama_cpp
 
-    spec = _with_progress(lambda progress: import_huggingface(folder, out, dtype, progress))
+    spec = _with_progress(
+        lambda progress: import_huggingface(
+            folder, out, dtype, progress, to=to.split(","), precision=quantize, tokenizer=tokenizer
+        )
+    )
     console.print(f"{spec.parameters.total:,} parameters in {out}", soft_wrap=True)
+    if "gguf" in to and (left_out := left_out_by_llama_cpp(spec)):
+        console.print(f"llama.cpp computes this network without {', '.join(left_out)}", soft_wrap=True)
 
 
 @import_app.command("gguf")
@@ -604,14 +614,24 @@ def import_gguf_command(
 @app.command()
 def verify(
     model: Annotated[Path, typer.Argument(help="A Hugging Face folder, or a run's folder.")],
-    logits: Annotated[Path, typer.Option(help="An .npz with tokens (B, T) and logits (B, T, V).")],
+    logits: Annotated[Path | None, typer.Option(help="An .npz with tokens (B, T) and logits (B, T, V).")] = None,
     tolerance: Annotated[float, typer.Option(help="Of the largest difference, in standard deviations.")] = 2e-3,
     as_json: JsonFlag = False,
 ) -> None:
-    """Hold a model's fp32 logits against reference ones; exit code 1 if they differ.
+    """Hold a model's fp32 logits against reference ones, or an import's files against the checksums noted when they
+    were written; exit code 1 if they differ.
 
     Example: modelworks verify grok-1-tiny --logits logits_float32.npz --json
     """
+    if logits is None:
+        from modelworks.release.manifest import check_manifest
+
+        checked = _with_progress(lambda progress: check_manifest(model, progress))
+        if as_json:
+            print(json.dumps(checked.as_dict()))
+        else:
+            console.print(f"{checked.files} files, {checked.bytes:,} bytes: as they were written", soft_wrap=True)
+        return
     from modelworks.release.verify import verify as verify_model
 
     result = verify_model(model, logits, tolerance)

@@ -65,9 +65,12 @@ def train_and_release(
         stopped or releases nothing.
     """
     spec = with_layout(spec, resume)
+    if not resume:
+        _refuse_beginning(spec)
     copies = _copies(spec, resume, say)
     with open_run(spec, resume) as session, copies or contextlib.nullcontext():
         _write_plan(session.folder, spec)
+        _bring_weights(session, spec)
         if spec.cluster.gpus == 1:
             from modelworks.train.loop import train
 
@@ -88,6 +91,24 @@ def train_and_release(
                 raise
             session.report(message=None, released=True, served_as=released["served_as"])
     return result, released
+
+
+def _refuse_beginning(spec: RunSpec) -> None:
+    """Refuse weights that the run can't begin with before its folder is made."""
+    if spec.train.init_from is not None:
+        from modelworks.release.beginning import refuse_beginning
+
+        refuse_beginning(spec)
+
+
+def _bring_weights(session: RunSession, spec: RunSpec) -> None:
+    """Put the weights that the run begins with into its folder, unless it is past its beginning."""
+    if spec.train.init_from is None or any((session.folder / "checkpoints").glob("step-*")):
+        return
+    from modelworks.release.beginning import bring_weights
+
+    session.report(message=f"bringing the weights of {spec.train.init_from}")
+    bring_weights(spec, session.folder)
 
 
 def _copies(spec: RunSpec, resume: bool, say: Say) -> Copies | None:
@@ -330,6 +351,7 @@ def dry_run(spec: RunSpec, ranks: list[int] | None = None) -> dict[str, Any]:
     dict
         ``processes``, ``layout`` in words, and for each rank in ``ranks`` what it holds (`train.dry_run.Member`), with
         ``planned`` bytes of weights, gradients and optimizer state, and ``ratio``, measured over planned, of their sum.
+        ``without`` names what of the spec neither counts.
 
     Raises
     ------
@@ -340,7 +362,10 @@ def dry_run(spec: RunSpec, ranks: list[int] | None = None) -> dict[str, Any]:
     from modelworks.train.dry_run import members
     from modelworks.train.layout import layout
 
-    spec = with_layout(spec)
+    # The trainer has no vision tower: what is counted is the decoder, and the plan is held to the same.
+    without = [] if spec.model.vision is None else ["model.vision"]
+    spec = spec.model_copy(update={"model": spec.model.model_copy(update={"vision": None})})
+    spec = with_layout(spec, device=spec.cluster.device)
     degrees = layout(spec, spec.cluster.gpus)
     chosen = {name: getattr(degrees, name) for name in LAID_OUT}
     stated = spec.model_copy(update={"parallel": spec.parallel.model_copy(update=chosen)})
@@ -356,6 +381,7 @@ def dry_run(spec: RunSpec, ranks: list[int] | None = None) -> dict[str, Any]:
         "name": spec.name,
         "processes": degrees.processes,
         "layout": degrees.describe(),
+        "without": without,
         "zero_stage": degrees.zero_stage,
         "device_memory_bytes": device_spec(spec.cluster.device).memory_bytes,
         "ranks": rows,

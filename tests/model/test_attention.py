@@ -1,4 +1,4 @@
-"""Soft-capped attention against its definition, fused attention's masks, rotary positions against transformers."""
+"""Soft-capped attention against its definition, fused attention's masks."""
 
 from __future__ import annotations
 
@@ -7,22 +7,25 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from modelworks.model.attention import fused_attention, rotary_tables, softcap_attention
+from modelworks.model.attention import KeyValueCache, fused_attention, softcap_attention
+from modelworks.model.decoder import Decoder
 from modelworks.spec.model import ModelSpec
 
 SCALE, CAP = 0.3, 5.0
 
 
-def naive_attention(queries: Tensor, keys: Tensor, values: Tensor, softcap: float | None) -> Tensor:
+def naive_attention(
+    queries: Tensor, keys: Tensor, values: Tensor, softcap: float | None, temperature: Tensor | None = None
+) -> Tensor:
     """The definition, with every key-value head repeated and every logit in memory."""
     groups, length, seen = queries.shape[1] // keys.shape[1], queries.shape[2], keys.shape[2]
     keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
     logits = torch.einsum("bhtd,bhsd->bhts", queries, keys) * SCALE
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
+    if temperature is not None:
+        logits = logits * temperature[:, None]
     visible = torch.ones(length, seen, dtype=torch.bool).tril(seen - length)
     return logits.masked_fill(~visible, -torch.inf).softmax(-1) @ values
 
@@ -47,6 +50,40 @@ def test_softcapped_attention_equals_its_definition_in_values_and_gradients(leng
         strict=True,
     ):
         torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("cap", [CAP, 45.0])
+def test_a_temperature_multiplies_each_querys_logits_after_the_cap(cap: float) -> None:
+    """The larger cap is one whose exponentials would leave fp32 at the last temperatures."""
+    ours = random_heads(150, 260)
+    theirs = [tensor.detach().double().requires_grad_() for tensor in ours]
+    warmth = torch.linspace(1.0, 3.0, 150)
+    output = softcap_attention(*ours, SCALE, cap, warmth)
+    expected = naive_attention(*theirs, cap, warmth.double())
+    torch.testing.assert_close(output.double(), expected, rtol=1e-4, atol=1e-5)
+    upstream = torch.randn_like(output)
+    for got, wanted in zip(
+        torch.autograd.grad(output, ours, upstream),
+        torch.autograd.grad(expected, theirs, upstream.double()),
+        strict=True,
+    ):
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("softcap", [None, 20.0])
+def test_a_cached_position_has_the_temperature_of_its_place(softcap: float | None) -> None:
+    sizes = {"layers": 1, "hidden": 32, "heads": 2, "ffn_hidden": 32, "vocab": 50, "context": 64}
+    values = sizes | {"attention_softcap": softcap, "attention_temperature_length": 8}
+    decoder = Decoder(ModelSpec.model_validate(values)).eval()
+    tokens = torch.arange(40)[None]
+    cache = KeyValueCache(decoder.spec, 1, 40)
+    with torch.no_grad():
+        stepwise = torch.cat([decoder.logits(part, cache) for part in tokens.split(5, 1)], 1)
+        whole = decoder.logits(tokens)
+        plain = Decoder(decoder.spec.model_copy(update={"attention_temperature_length": None})).eval().logits(tokens)
+    torch.testing.assert_close(stepwise, whole, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(whole[:, :9], plain[:, :9])  # At the length itself the factor is still one.
+    assert (whole[:, 9:] - plain[:, 9:]).abs().amax() > 1e-4
 
 
 @pytest.mark.parametrize(("length", "seen"), [(1, 1), (9, 9), (1, 12), (5, 12)])
@@ -96,43 +133,3 @@ def test_no_position_hears_of_a_later_one(changed: int, softcap: float | None) -
     after = attend()
     torch.testing.assert_close(after[:, :, :changed], before[:, :, :changed], rtol=1e-5, atol=1e-6)
     assert not torch.allclose(after[:, :, changed:], before[:, :, changed:])
-
-
-@pytest.mark.parametrize(
-    "scaling",
-    [
-        None,
-        {"rope_type": "linear", "factor": 4.0},
-        {
-            "rope_type": "llama3",
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
-    ],
-    ids=["plain", "linear", "llama3"],
-)
-def test_rotary_tables_equal_those_of_transformers(scaling: dict[str, float | str] | None) -> None:
-    spec = ModelSpec(
-        layers=1,
-        hidden=128,
-        ffn_hidden=128,
-        heads=2,
-        vocab=16,
-        context=32768,
-        rope_base=500_000.0,
-        rope_scaling=scaling,
-    )
-    config = LlamaConfig(
-        hidden_size=128,
-        num_attention_heads=2,
-        head_dim=64,
-        max_position_embeddings=32768,
-        rope_parameters={"rope_theta": 500_000.0, "rope_type": "default"} | (scaling or {}),
-    )
-    positions = torch.arange(100, 400)[None]
-    cosine, sine = LlamaRotaryEmbedding(config)(torch.zeros(1), positions)
-    ours = rotary_tables(spec, 100, 300, torch.device("cpu"))
-    torch.testing.assert_close(ours.cosine, cosine[0], rtol=0, atol=5e-5)
-    torch.testing.assert_close(ours.sine, sine[0], rtol=0, atol=5e-5)

@@ -155,6 +155,6 @@ def test_a_gguf_file_without_a_tokenizer_is_refused(tiny: Path, tmp_path: Path) 
         import_grok1(
             tiny, tmp_path / "out", tiny / "manifest.json", to=["gguf"], tokenizer=tmp_path / "tokenizer.model"
         )
-    with pytest.raises(InputError, match="onnx is not accepted"):
+    with pytest.raises(InputError, match="to = 'onnx' is not accepted"):
         import_grok1(tiny, tmp_path / "out", tiny / "manifest.json", to=["onnx"])
     assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.model"]

@@ -43,6 +43,9 @@ SHAPES: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": 32,
         }
     },
+    "llama stretched": LLAMA | {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "llama by YaRN": LLAMA
+    | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 8.0}},
     "mistral": LLAMA | {"sliding_window": 16},
     "smollm3": LLAMA | {"nope_interval": 2, "tied_embeddings": True},
     "qwen2": LLAMA | {"qkv_bias": True},
@@ -147,7 +150,7 @@ def test_many_files_with_an_index_are_one_network(tmp_path: Path, monkeypatch: p
         ("qwen2", {"nope_interval": 2}, "nope_interval"),
         ("smollm3", {"sliding_window": 16}, "sliding_window"),
         ("mixtral", {"attention_multiplier": 0.3}, "attention_multiplier"),
-        ("grok-1", {"output_softcap": 20.0}, "output_softcap"),
+        ("grok-1", {"moe": EXPERTS | {"renormalize": True}}, "moe"),
     ],
 )
 def test_a_field_that_a_config_has_no_place_for_is_refused_by_name(

@@ -17,6 +17,7 @@ from modelworks.model.decoder import Decoder
 from modelworks.release.agreement import fixed_prompts, measure_agreement
 from modelworks.release.gguf_export import Described, write_gguf
 from modelworks.release.gguf_import import import_gguf
+from modelworks.release.gguf_network import metadata_of
 from modelworks.release.huggingface import load_pretrained
 from modelworks.release.llama_cpp import next_token_probabilities
 from modelworks.release.package import release_run
@@ -36,6 +37,8 @@ GROK = SMALL | {
     "tied_embeddings": True,
     "moe": EXPERTS,
 }
+YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32}
+LATER = {"original_max_position_embeddings": 2048}
 SHAPES: dict[str, dict[str, Any]] = {
     "grok": GROK,
     "llama": SMALL | {"ffn_hidden": 160, "rope_base": 5000.0},
@@ -51,6 +54,11 @@ SHAPES: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": 8192,
         },
     },
+    "llama stretched": SMALL | {"ffn_hidden": 160, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "llama by another base": SMALL | {"ffn_hidden": 160, "rope_scaling": {"rope_type": "ntk", "factor": 4.0}},
+    "llama by YaRN": SMALL | {"ffn_hidden": 160, "rope_scaling": YARN},
+    "grok by YaRN": GROK | {"rope_scaling": YARN | {"attention_factor": 1.0} | LATER},
+    "qwen3 by YaRN": SMALL | {"ffn_hidden": 160, "qk_norm": True, "rope_scaling": YARN | {"attention_factor": 1.4}},
     "qwen3": SMALL | {"ffn_hidden": 160, "qk_norm": True},
     "mixtral": SMALL | {"moe": EXPERTS | {"renormalize": True}},
 }
@@ -203,3 +211,18 @@ def test_a_run_without_a_checkpoint_cannot_be_released(run: Path) -> None:
     (run / "checkpoints").rename(run / "elsewhere")
     with pytest.raises(OperationError, match="no checkpoint"):
         release_run(run)
+
+
+@pytest.mark.parametrize(
+    ("shape", "scaling", "sentence"),
+    [
+        ("llama", YARN | {"beta_fast": 8.0}, "rope_scaling.beta_fast = 8.0 has no place in llama.cpp's llama: 32.0 is"),
+        ("grok", YARN | {"rope_type": "yarn_log"}, "'yarn_log', .* has no place in llama.cpp"),
+        ("grok", YARN | {"truncate": False}, "yarn with whole dimensions are accepted"),
+    ],
+)
+def test_a_stretching_that_llama_cpp_would_not_apply_is_refused(
+    shape: str, scaling: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(InputError, match=sentence):
+        metadata_of(ModelSpec.model_validate(SHAPES[shape] | {"rope_scaling": scaling}))

@@ -20,7 +20,9 @@ def test_there_are_examples() -> None:
 def test_an_example_is_a_whole_run_that_can_be_planned(path: Path) -> None:
     run = load_run(path)
     assert run.name == path.stem
-    assert plan(run).step_time_s > 0
+    planned = plan(run)
+    assert planned.step_time_s > 0
+    assert planned.best.fits
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

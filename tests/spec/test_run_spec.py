@@ -44,9 +44,12 @@ def models(draw: st.DrawFn) -> dict[str, Any]:
     }
     if draw(st.booleans()):
         values["attention_softcap"] = draw(positive)
-        values["rope_scaling"] = draw(
-            st.dictionaries(words, st.one_of(words, st.floats(allow_nan=False, allow_infinity=False)))
-        )
+        values["rope_scaling"] = {
+            "rope_type": "yarn",
+            "factor": draw(st.floats(1.0, 1e6)),
+            "original_max_position_embeddings": draw(counts),
+            "extrapolation_factor": draw(st.floats(0.0, 1.0)),
+        }
     if draw(st.booleans()):
         experts = draw(sizes)
         values["moe"] = {

@@ -52,6 +52,15 @@ NETWORKS: dict[str, dict[str, Any]] = {
     # Fewer experts than processes that share their weights, or as many as can't be dealt out evenly.
     "few": {"moe": {"experts": 2, "top_k": 1, "expert_hidden": 64}},
     "odd": {"moe": {"experts": 3, "top_k": 2, "expert_hidden": 64}},
+    "residual": {
+        "activation": "gelu",
+        "norm_placement": "sandwich",
+        "ffn_hidden": 96,
+        "attention_softcap": 30.0,
+        "attention_temperature_length": 8,
+        "output_softcap": 20.0,
+        "moe": {"experts": 4, "top_k": 2, "expert_hidden": 64, "residual": True, "router_softcap": 1.0},
+    },
     "windowed": {"ffn_hidden": 96, "sliding_window": 10, "nope_interval": 2},
     "biased": {"ffn_hidden": 96, "qkv_bias": True, "sliding_window": 10},
     "dense": {
@@ -285,9 +294,11 @@ def test_a_layout_of_four_processes_trains_like_one(
         ("windowed", {"tensor": 2}),
         ("windowed", {"pipeline": 2}),
         ("biased", {"tensor": 2}),
+        ("residual", {"context": 2}),
+        ("residual", {"tensor": 2}),
     ],
 )
-def test_windows_and_layers_without_positions_are_split_like_the_rest(
+def test_windows_and_networks_beside_experts_are_split_like_the_rest(
     network: str, fields: dict[str, int], text_folder: Path, folder: Path
 ) -> None:
     check_layout(network, "adamw", 2, fields, text_folder, folder)

@@ -8,16 +8,15 @@ and not with its square; without a cap the work is PyTorch's own fused attention
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modelworks.model.layers import Linear, RMSNorm
-from modelworks.model.support import rope_scaling_kind
+from modelworks.model.rotary import Rotary, rotate
 from modelworks.spec.model import ModelSpec
 
 QUERY_BLOCK = 64
@@ -25,46 +24,6 @@ QUERY_BLOCK = 64
 to keep a block's logits in the cache (at 512 positions a third faster than 128 or 256 on a CPU)."""
 LARGEST_EXPONENT = 60.0
 """Up to this soft cap the sum of a row's exponentials fits fp32 as it is; beyond it the largest logit is subtracted."""
-
-
-class Rotary(NamedTuple):
-    """The rotation of each position: two tables (T, D) in fp32."""
-
-    cosine: Tensor
-    sine: Tensor
-
-
-def rotary_frequencies(spec: ModelSpec, device: torch.device) -> Tensor:
-    """The angle per position of each pair of a head's dimensions (D / 2), in fp32.
-
-    `base ** (-2 i / D)` as in RoFormer (arXiv:2104.09864, eq. 15); `linear` divides by the factor; `llama3` divides
-    the slow frequencies only, with a smooth passage between (Llama 3.1's release).
-    """
-    exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.float32, device=device) / spec.head_dim
-    frequencies = 1.0 / spec.rope_base**exponents
-    kind, scaling = rope_scaling_kind(spec), spec.rope_scaling or {}
-    if kind == "linear":
-        return frequencies / float(scaling["factor"])
-    if kind == "llama3":
-        turns = float(scaling["original_max_position_embeddings"]) * frequencies / (2 * math.pi)
-        low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
-        kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
-        return kept * frequencies + (1.0 - kept) * frequencies / float(scaling["factor"])
-    return frequencies
-
-
-def rotary_tables(spec: ModelSpec, start: int, length: int, device: torch.device) -> Rotary:
-    """The rotations of the positions `start` to `start + length`."""
-    positions = torch.arange(start, start + length, dtype=torch.float32, device=device)
-    angles = torch.outer(positions, rotary_frequencies(spec, device)).repeat(1, 2)  # (T, D)
-    return Rotary(angles.cos(), angles.sin())
-
-
-def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """Turn the heads (B, heads, T, D) by their positions, in fp32, pairing dimension i with i + D / 2 (rotate-half)."""
-    first, second = x.float().chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return (x.float() * rotary.cosine + turned * rotary.sine).to(x.dtype)
 
 
 @dataclass
@@ -120,15 +79,17 @@ class Attention(nn.Module):
             queries, keys = rotate(queries, rotary), rotate(keys, rotary)
         if cache is not None:
             keys, values = cache.append(self.layer, keys, values)
-        attended = self.attend(queries, keys, values)
+        attended = self.attend(queries, keys, values, rotary.temperature)
         output: Tensor = self.wo(attended.transpose(1, 2).reshape(batch, length, -1))  # (B, T, H)
         return output
 
-    def attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Causal attention of the last positions' queries; shapes as in `fused_attention`."""
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, temperature: Tensor | None = None) -> Tensor:
+        """Causal attention of the last positions' queries; shapes as in `softcap_attention`."""
         if self.softcap is None:
+            if temperature is not None:
+                queries = (queries * temperature.unsqueeze(-1)).to(queries.dtype)
             return fused_attention(queries, keys, values, self.scale, self.window)
-        return softcap_attention(queries, keys, values, self.scale, self.softcap)
+        return softcap_attention(queries, keys, values, self.scale, self.softcap, temperature)
 
 
 def fused_attention(queries: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None = None) -> Tensor:
@@ -164,30 +125,35 @@ def fused_attention(queries: Tensor, keys: Tensor, values: Tensor, scale: float,
     )
 
 
-def softcap_attention(queries: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float) -> Tensor:
-    """Causal attention with the logits `softcap * tanh(scale * q k / softcap)`, in fp32.
+def softcap_attention(
+    queries: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float, temperature: Tensor | None = None
+) -> Tensor:
+    """Causal attention with the logits `temperature * softcap * tanh(scale * q k / softcap)`, in fp32.
 
-    Shapes as in `fused_attention`.
+    Shapes as in `fused_attention`; a temperature (T) is that of each query, and grows with its position.
     """
     output: Tensor
-    output, _ = _softcap_forward(queries, keys, values, scale, softcap)
+    output, _ = _softcap_forward(queries, keys, values, scale, softcap, temperature)
     return output
 
 
 @torch.library.custom_op("modelworks::softcap_attention", mutates_args=())
 def _softcap_forward(
-    queries: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float
+    queries: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float, temperature: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The output (B, heads, T, D), and each query's log-sum-exp (B, KV, G, T) in fp32 for the backward pass."""
     folded = _fold(queries, keys.shape[1])  # (B, KV, G, T, D)
     output = torch.empty_like(folded, memory_format=torch.contiguous_format)
     log_sums = folded.new_empty(folded.shape[:-1], dtype=torch.float32)
     offset = keys.shape[2] - queries.shape[2]
+    too_large = softcap * (1.0 if temperature is None else float(temperature[-1])) > LARGEST_EXPONENT
     for start, end in _blocks(queries.shape[2]):
         block = folded[..., start:end, :].flatten(2, 3)  # (B, KV, G * t, D)
         weights = _tangents(block, keys[:, :, : offset + end], scale / softcap).mul_(softcap)  # (B, KV, G * t, s)
-        largest = weights.amax(-1, keepdim=True) if softcap > LARGEST_EXPONENT else weights.new_zeros(())
-        if softcap > LARGEST_EXPONENT:
+        if temperature is not None:
+            weights.mul_(_of_rows(temperature[start:end], weights))
+        largest = weights.amax(-1, keepdim=True) if too_large else weights.new_zeros(())
+        if too_large:
             weights.sub_(largest)
         _hide_later(weights.exp_(), end - start)
         sums = weights.sum(-1, keepdim=True)
@@ -207,6 +173,7 @@ def _softcap_backward(
     log_sums: Tensor,
     scale: float,
     softcap: float,
+    temperature: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of queries, keys and values; a block's probabilities are rebuilt from its log-sum-exp."""
     folded, upstream, attended = (_fold(tensor, keys.shape[1]) for tensor in (queries, gradient, output))
@@ -220,10 +187,17 @@ def _softcap_backward(
             tensor[..., start:end, :].flatten(2, 3) for tensor in (folded, upstream, attended, log_sums.unsqueeze(-1))
         )  # (B, KV, G * t, D), and (B, KV, G * t, 1)
         tangents = _tangents(block, keys[:, :, :seen], scale / softcap)  # (B, KV, G * t, s)
-        weights = _hide_later(torch.sub(tangents, sums, alpha=1 / softcap).mul_(softcap).exp_(), end - start)
+        if temperature is None:
+            weights = torch.sub(tangents, sums, alpha=1 / softcap).mul_(softcap).exp_()
+        else:
+            warmth = _of_rows(temperature[start:end], tangents)
+            weights = (tangents * (softcap * warmth)).sub_(sums).exp_()
+        weights = _hide_later(weights, end - start)
         along = (above.float() * result).sum(-1, keepdim=True)
         to_values[:, :, :seen] += weights.to(above.dtype).transpose(-1, -2) @ above
         to_capped = (above @ values[:, :, :seen].transpose(-1, -2)).float().sub_(along).mul_(weights)
+        if temperature is not None:
+            to_capped.mul_(warmth)
         # d tanh = 1 - tanh^2; the logits' scale is applied to the products, which are smaller.
         to_logits = to_capped.sub_(tangents.square_().mul_(to_capped)).to(keys.dtype)
         to_queries[..., start:end, :] = (to_logits @ keys[:, :, :seen]).view_as(folded[..., start:end, :])
@@ -232,8 +206,8 @@ def _softcap_backward(
 
 
 @_softcap_forward.register_fake
-def _(queries: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
-    batch, heads, length, _ = queries.shape
+def _(queries: Tensor, keys: Tensor, values: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    batch, heads, length, _width = queries.shape
     log_sums = queries.new_empty(batch, keys.shape[1], heads // keys.shape[1], length, dtype=torch.float32)
     return torch.empty_like(queries, memory_format=torch.contiguous_format), log_sums
 
@@ -246,11 +220,12 @@ def _(gradient: Tensor, queries: Tensor, keys: Tensor, values: Tensor, *_: Any) 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs[:3], *output)  # PyTorch passes these three by name
-    ctx.scale, ctx.softcap = inputs[3:]
+    ctx.scale, ctx.softcap, ctx.temperature = inputs[3:]
 
 
 def _backward(context: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return *_softcap_backward(gradient, *context.saved_tensors, context.scale, context.softcap), None, None
+    constants = (context.scale, context.softcap, context.temperature)
+    return *_softcap_backward(gradient, *context.saved_tensors, *constants), None, None, None
 
 
 _softcap_forward.register_autograd(_backward, setup_context=_keep)
@@ -260,6 +235,11 @@ def _fold(heads: Tensor, kv_heads: int) -> Tensor:
     """(B, heads, T, D) as (B, KV, G, T, D): the G heads that share one key-value head stand together."""
     batch, count, length, width = heads.shape
     return heads.view(batch, kv_heads, count // kv_heads, length, width)
+
+
+def _of_rows(temperature: Tensor, logits: Tensor) -> Tensor:
+    """The temperature of a block's queries (t) beside its logits (B, KV, G * t, s): (G * t, 1)."""
+    return temperature.repeat(logits.shape[2] // len(temperature)).unsqueeze(-1)
 
 
 def _blocks(length: int) -> list[tuple[int, int]]:

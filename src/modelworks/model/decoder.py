@@ -1,9 +1,9 @@
-"""The decoder: one transformer whose fields make it Grok-1, Llama, SmolLM2 and 3, Mistral, Mixtral, Qwen2 or Qwen3.
+"""The decoder: one transformer whose fields make it Grok-1 or 2, Llama, SmolLM2 or 3, Mistral, Mixtral, Qwen2 or 3.
 
 What is notable in it:
 - RMSNorm before attention and feed-forward, and in the Grok family after them too ("sandwich");
 - grouped-query attention with rotary positions, soft-capped in the Grok family (`attention`);
-- a mixture of experts, or a dense gated feed-forward network, per layer (`experts`, `layers`);
+- a mixture of experts, a dense gated feed-forward network, or both side by side, per layer (`experts`, `layers`);
 - embedding and output multipliers, tied or untied embeddings;
 - with targets the forward pass returns losses, and the logits never stand in memory whole (`loss`).
 
@@ -12,18 +12,20 @@ The module knows nothing of parallelism, has no buffers and builds on the meta d
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from modelworks.model.attention import Attention, KeyValueCache, Rotary, rotary_tables
+from modelworks.model.attention import Attention, KeyValueCache
 from modelworks.model.experts import MixtureOfExperts, RouterReport
 from modelworks.model.generation import generate
 from modelworks.model.initialization import fill
 from modelworks.model.layers import Embedding, GatedMLP, Linear, RMSNorm, to_compute_dtype
 from modelworks.model.loss import chunked_cross_entropy, head_logits
+from modelworks.model.rotary import Rotary, rotary_tables
 from modelworks.model.support import refuse_unsupported
 from modelworks.spec.errors import InputError
 from modelworks.spec.model import ModelSpec
@@ -54,7 +56,7 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(spec.hidden, spec.norm_eps)
         if spec.moe is not None and layer >= spec.moe.dense_layers:
             self.moe = MixtureOfExperts(spec)
-        else:
+        if not hasattr(self, "moe") or (spec.moe is not None and spec.moe.residual):
             self.mlp = GatedMLP(spec)
         self.ffn_post_norm = RMSNorm(spec.hidden, spec.norm_eps) if sandwich else None
 
@@ -67,6 +69,8 @@ class Block(nn.Module):
         normed, report = self.ffn_norm(x), None
         if hasattr(self, "moe"):
             mixed, report = self.moe(normed)
+            if hasattr(self, "mlp"):
+                mixed = (mixed + self.mlp(normed)) * math.sqrt(0.5)
         else:
             mixed = self.mlp(normed)
         return x + (mixed if self.ffn_post_norm is None else self.ffn_post_norm(mixed)), report

@@ -37,6 +37,7 @@ class MixtureOfExperts(nn.Module):
         assert spec.moe is not None
         experts, width = spec.moe.experts, spec.moe.expert_hidden
         self.top_k, self.renormalize, self.activation = spec.moe.top_k, spec.moe.renormalize, spec.activation
+        self.softcap = spec.moe.router_softcap
         self.router = Linear(spec.hidden, experts, bias=False)
         self.gate = nn.Parameter(torch.empty(experts, width, spec.hidden))
         self.up = nn.Parameter(torch.empty(experts, width, spec.hidden))
@@ -57,13 +58,18 @@ class MixtureOfExperts(nn.Module):
         Softmax over all experts in fp32 before the choice; the chosen gates are rescaled to sum to one only where
         the spec says so.
         """
-        with torch.autocast(tokens.device.type, enabled=False):
-            logits = F.linear(tokens.float(), self.router.weight.float())  # (N, E)
+        logits = self.router_logits(tokens)  # (N, E)
         probabilities = logits.softmax(-1)
         gates, choice = probabilities.topk(self.top_k, dim=-1)  # (N, K)
         if self.renormalize:
             gates = gates / gates.sum(-1, keepdim=True)
         return gates, choice, router_report(logits, probabilities, choice)
+
+    def router_logits(self, tokens: Tensor) -> Tensor:
+        """What the router thinks of each expert (N, E), in fp32, capped where the spec says so."""
+        with torch.autocast(tokens.device.type, enabled=False):
+            logits = F.linear(tokens.float(), self.router.weight.float())
+        return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
 
 
 def router_report(logits: Tensor, probabilities: Tensor, choice: Tensor) -> RouterReport:

@@ -11,20 +11,11 @@ from collections.abc import Iterator
 from modelworks.spec.errors import InputError
 from modelworks.spec.model import ModelSpec
 
-ROPE_SCALINGS = ("default", "linear", "llama3")
-"""The kinds of context extension that `attention.rotary_frequencies` computes."""
-
 
 def refuse_unsupported(spec: ModelSpec) -> None:
     """Raise an `InputError` that names the first field of `spec` which the decoder doesn't implement."""
     for field, value, accepted in _unsupported(spec):
         raise InputError(f"model.{field} = {value!r} is not implemented by the decoder: {accepted} is accepted")
-
-
-def rope_scaling_kind(spec: ModelSpec) -> str:
-    """The kind of rotary scaling, under either of the names that Hugging Face configs use; `default` for none."""
-    scaling = spec.rope_scaling or {}
-    return str(scaling.get("rope_type", scaling.get("type", "default")))
 
 
 def _unsupported(spec: ModelSpec) -> Iterator[tuple[str, object, str]]:
@@ -41,19 +32,13 @@ def _unsupported(spec: ModelSpec) -> Iterator[tuple[str, object, str]]:
         yield "norm", spec.norm, "'rms'"
     if not spec.gated_mlp:
         yield "gated_mlp", spec.gated_mlp, "true"
-    if rope_scaling_kind(spec) not in ROPE_SCALINGS:
-        yield "rope_scaling.rope_type", rope_scaling_kind(spec), f"one of {', '.join(ROPE_SCALINGS)}"
     if spec.moe is None:
         return
     if spec.mlp_bias:
         yield "mlp_bias", spec.mlp_bias, "false beside experts"
     if spec.moe.shared_experts:
         yield "moe.shared_experts", spec.moe.shared_experts, "0"
-    if spec.moe.residual:
-        yield "moe.residual", spec.moe.residual, "false"
     if spec.moe.scoring != "softmax":
         yield "moe.scoring", spec.moe.scoring, "'softmax'"
     if spec.moe.routed_multiplier != 1.0:
         yield "moe.routed_multiplier", spec.moe.routed_multiplier, "1.0"
-    if spec.moe.router_softcap is not None:
-        yield "moe.router_softcap", spec.moe.router_softcap, "leaving it out"

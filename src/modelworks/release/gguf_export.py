@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from io import BufferedRandom
 from math import prod
@@ -52,15 +52,37 @@ def write_gguf(
     progress: Progress | None = None,
 ) -> None:
     """Write a network with its tokenizer; raises as `write_tensors` does."""
-    architecture, _ = metadata_of(decoder.spec)
     parameters = dict(decoder.named_parameters())
 
-    def pieces(place: TensorPlace, kind: gguf.GGMLQuantizationType) -> list[np.ndarray]:
-        tensor = place.of(parameters).to(torch.float32)
-        heads = rotated_heads(decoder.spec, architecture, place.ours)
-        return [encoded((tensor if heads is None else to_neighbours(tensor, heads)).numpy(), kind)]
+    def read(ours: str, expert: int | None, _: tuple[int, ...]) -> torch.Tensor:
+        return TensorPlace("", ours, expert, ()).of(parameters).to(torch.float32)
 
-    write_tensors(path, decoder.spec, vocabulary, precision, described, pieces, progress)
+    write_tensors(path, decoder.spec, vocabulary, precision, described, pieces_of(decoder.spec, read), progress)
+
+
+def pieces_of(spec: ModelSpec, read: Callable[[str, int | None, tuple[int, ...]], torch.Tensor]) -> Pieces:
+    """The pieces of a network's tensors, an expert at a time.
+
+    Parameters
+    ----------
+    spec
+        The network.
+    read
+        Gives a parameter, or the part of it that is an expert's, in fp32: from its name, the expert's number or None,
+        and the shape.
+    """
+    architecture, _ = metadata_of(spec)
+
+    def pieces(place: TensorPlace, kind: gguf.GGMLQuantizationType) -> Iterator[np.ndarray]:
+        if len(place.shape) == 3:
+            for expert in range(place.shape[0]):
+                yield encoded(read(place.ours, expert, place.shape[1:]).numpy(), kind)
+            return
+        tensor = read(place.ours, None, place.shape)
+        heads = rotated_heads(spec, architecture, place.ours)
+        yield encoded((tensor if heads is None else to_neighbours(tensor, heads)).numpy(), kind)
+
+    return pieces
 
 
 def write_tensors(
@@ -180,7 +202,9 @@ def _write_metadata(
     writer.add_file_type(FILE_TYPES[precision])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for key, value in metadata.items():
-        if isinstance(value, str):
+        if isinstance(value, bool):
+            writer.add_bool(f"{architecture}.{key}", value)
+        elif isinstance(value, str):
             writer.add_string(f"{architecture}.{key}", value)
         elif isinstance(value, float):
             writer.add_float32(f"{architecture}.{key}", value)

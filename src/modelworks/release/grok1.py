@@ -26,8 +26,11 @@ from gguf import GGMLQuantizationType
 from torch import Tensor
 
 from modelworks.release import gguf_export, quantization
-from modelworks.release.huggingface import Progress, read_json, write_tensors
+from modelworks.release.huggingface import Progress, formats, refuse_dtype, write_tensors
+from modelworks.release.json_file import read_json
 from modelworks.release.layouts import TensorPlace, places
+from modelworks.release.manifest import source_of, write_manifest
+from modelworks.release.parity import LIMITS, check_parity, of_folder, of_gguf
 from modelworks.release.pickles import QuantizedTensor, forget_pages, read_array
 from modelworks.release.staging import refuse_existing, staged_folder
 from modelworks.release.vocabulary import read_sentencepiece
@@ -85,7 +88,9 @@ def import_grok1(
 ) -> ModelSpec:
     """Turn a released checkpoint into a Hugging Face folder in SGLang's layout, a GGUF file, or both.
 
-    What was interrupted goes on where it was when it is called again with the same arguments.
+    What was interrupted goes on where it was when it is called again with the same arguments. When all is written, the
+    first, the middle and the last layer are read back and held against the release (`parity`), and every file's
+    SHA-256 is noted in ``manifest.json``, for `verify`.
 
     Parameters
     ----------
@@ -110,11 +115,12 @@ def import_grok1(
     ------
     InputError
         If a file is missing, truncated, hostile or of another shape than the network's; `out` is then not made.
+    OperationError
+        If it can't be written, such as on a full disk, or what was written isn't the release's network.
     """
     refuse_existing(out.expanduser().absolute())
-    unknown = [kind for kind in to if kind not in ("safetensors", "gguf")]
-    if unknown or not to:
-        raise InputError(f"to = {', '.join(unknown) or 'nothing'} is not accepted: safetensors, gguf or both are")
+    kinds = formats(to)
+    refuse_dtype(dtype)
     wanted = quantization.precision(precision)
     checkpoint = folder / "ckpt-0" if (folder / "ckpt-0").is_dir() else folder
     if not checkpoint.is_dir():
@@ -122,15 +128,19 @@ def import_grok1(
     spec, listed = read_manifest(config) if config is not None else release_manifest()
     release = Release(checkpoint, spec, listed)
     vocabulary = None
-    if "gguf" in to:
+    if "gguf" in kinds:
         if tokenizer is None:
             raise InputError("a GGUF file holds the tokenizer: tokenizer = the release's tokenizer.model is needed")
         vocabulary = read_sentencepiece(tokenizer, spec.vocab)
-    key = json.dumps([release.identity(), spec.model_dump(mode="json"), dtype, vllm, wanted, sorted(to)])
+    key = json.dumps([release.identity(), spec.model_dump(mode="json"), dtype, vllm, wanted, sorted(kinds)])
     with staged_folder(out, key=key) as temporary:
-        if "safetensors" in to:
+        parity: dict[str, Any] = {}
+        if "safetensors" in kinds:
             layout: Layout = "grok-1-vllm" if vllm else "grok-1"
             write_tensors(temporary, spec, layout, release.fill, dtype, progress)
+            written = of_folder(temporary)
+            found = check_parity(release.content, spec, written, LIMITS[dtype], f"safetensors in {out}", progress)
+            parity["safetensors"] = found.as_dict()
         if vocabulary is not None:
             name = out.expanduser().absolute().name
             file = temporary / f"{name}-{wanted}.gguf"
@@ -138,8 +148,13 @@ def import_grok1(
                 gguf_export.write_tensors(
                     file, spec, vocabulary, wanted, gguf_export.Described(name, "Apache-2.0"), release.pieces, progress
                 )
+            found = check_parity(release.content, spec, of_gguf(file), LIMITS[wanted], file.name, progress)
+            parity[file.name] = found.as_dict()
         if tokenizer is not None:
             shutil.copyfile(tokenizer, temporary / "tokenizer.model")
+        read = [(Path(name).name, size) for name, size, _ in release.identity()]
+        source = source_of("grok-1", checkpoint.absolute().name, read) | {"parity": parity}
+        write_manifest(temporary, source, progress)
     return spec
 
 
@@ -263,12 +278,12 @@ class Release:
 
     def fill(self, place: TensorPlace, target: Tensor) -> None:
         """Copy a parameter's values, or an expert's slice of them, into `target`, which is (out, in)."""
-        content = self._content(place.ours)
+        content = self.content(place.ours)
         self._fill(place.ours, content if place.expert is None else _expert(content, place.expert), target)
 
     def pieces(self, place: TensorPlace, kind: GGMLQuantizationType) -> Iterator[np.ndarray]:
         """A parameter in a format of GGUF, an expert at a time."""
-        content, file = self._content(place.ours), self._files[place.ours][1]
+        content, file = self.content(place.ours), self._files[place.ours][1]
         experts = [content] if len(place.shape) < 3 else [_expert(content, number) for number in range(place.shape[0])]
         for one in experts:
             if kind is GGMLQuantizationType.Q8_0 and isinstance(one, QuantizedTensor) and _in_blocks_of_32(one):
@@ -291,7 +306,7 @@ class Release:
                 target[:, begin : begin + len(rows)] = rows.T
             forget_pages(content.weight if isinstance(content, QuantizedTensor) else content)
 
-    def _content(self, ours: str) -> np.ndarray | QuantizedTensor:
+    def content(self, ours: str) -> np.ndarray | QuantizedTensor:
         """A parameter as it is stored, (in, out), its shape checked."""
         if self._held is None or self._held[0] != ours:
             self._held = None

@@ -62,7 +62,7 @@ _VLLM_GROK = (
 )
 
 TABLES: dict[Layout, tuple[tuple[str, str], ...]] = {
-    "grok-1": (*_ENDS, *_SANDWICH_NORMS, *_ATTENTION, *_SPARSE),
+    "grok-1": (*_ENDS, *_SANDWICH_NORMS, *_ATTENTION, *_DENSE, *_SPARSE),
     "grok-1-vllm": (*_ENDS, *_SANDWICH_NORMS, *_VLLM_GROK),
     "llama": (*_ENDS, *_PRE_NORMS, *_ATTENTION, *_DENSE),
     "mistral": (*_ENDS, *_PRE_NORMS, *_ATTENTION, *_DENSE),

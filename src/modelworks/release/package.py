@@ -15,14 +15,12 @@ from pathlib import Path
 from modelworks.release.agreement import Agreement, fixed_prompts, measure_agreement
 from modelworks.release.card import model_card, write_verification
 from modelworks.release.gguf_export import Described, write_gguf
-from modelworks.release.huggingface import Progress, write_model
+from modelworks.release.huggingface import FORMATS, Progress, formats, write_model
 from modelworks.release.quantization import Precision, precision
 from modelworks.release.runs import RunContent, load_run_content
 from modelworks.release.staging import staged_folder
 from modelworks.release.vocabulary import Vocabulary, read_vocabulary, write_tokenizer_config
 from modelworks.spec.errors import InputError
-
-FORMATS = ("safetensors", "gguf")
 
 
 @dataclass(frozen=True)
@@ -67,18 +65,18 @@ def release_run(
     OperationError
         If there is no good checkpoint, a file can't be written, or llama.cpp doesn't agree with PyTorch.
     """
-    formats = _formats(to)
+    kinds = formats(to)
     content = load_run_content(run)
     precisions = list(dict.fromkeys(precision(name) for name in quantize or content.spec.release.quantize))
-    if "gguf" in formats and not precisions:
+    if "gguf" in kinds and not precisions:
         raise InputError("quantize is empty: at least one precision of the GGUF is needed")
     vocabulary = read_vocabulary(content.tokenizer, content.spec.model.vocab)
     target = run / "release"
     with staged_folder(target, replace=True) as folder:
         agreements: dict[str, Agreement] = {}
-        if "safetensors" in formats:
+        if "safetensors" in kinds:
             write_model(folder, content.decoder, dtype=dtype, vllm=vllm, progress=progress)
-        if "gguf" in formats:
+        if "gguf" in kinds:
             agreements = _write_ggufs(folder, content, vocabulary, precisions, progress)
             write_verification(folder / "verification.json", agreements)
         _write_tokenizer(folder, content, vocabulary)
@@ -91,16 +89,6 @@ def release_run(
         gguf=None if first is None else target / first,
         verification=agreements,
     )
-
-
-def _formats(to: Iterable[str]) -> list[str]:
-    given = [name.strip() for name in to]
-    for name in given:
-        if name not in FORMATS:
-            raise InputError(f"to = {name!r} is not accepted: {' and '.join(FORMATS)} are")
-    if not given:
-        raise InputError(f"to is empty: {' or '.join(FORMATS)} is needed")
-    return given
 
 
 def _write_ggufs(

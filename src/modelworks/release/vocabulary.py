@@ -124,23 +124,14 @@ def read_vocabulary(path: Path, size: int) -> Vocabulary:
         If it can't be read, isn't byte-level BPE, has another pre-tokenizer than those of `PRE_TOKENIZERS`, or has
         pieces beyond the network's vocabulary.
     """
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-        values = json.loads(tokenizer.to_str())
-    except Exception as error:  # noqa: BLE001 (the library raises nothing more precise)
-        raise InputError(f"{path}: cannot be read as a tokenizer.json: {error}") from None
+    tokenizer = refuse_larger(path, size)
+    values = json.loads(tokenizer.to_str())
     model = values["model"]
     if model.get("type") != "BPE" or model.get("byte_fallback") or values.get("normalizer"):
         raise InputError(
             f"{path}: is {model.get('type')} with a normalizer or fallback; plain byte-level BPE is accepted"
         )
     pieces = tokenizer.get_vocab(with_added_tokens=True)
-    largest = max(pieces.values(), default=-1)
-    if largest >= size:
-        raise InputError(
-            f"{path}: the tokenizer has {largest + 1} pieces and the network's vocabulary {size}: "
-            "at most that many are accepted"
-        )
     tokens, types = [f"[PAD{index}]" for index in range(size)], [_UNUSED] * size
     for piece, index in pieces.items():
         tokens[index], types[index] = piece, _NORMAL
@@ -151,6 +142,21 @@ def read_vocabulary(path: Path, size: int) -> Vocabulary:
     return Vocabulary(
         tokens, types, merges, _pre_name(values.get("pre_tokenizer"), path), bos, bos, pieces.get("<|im_end|>"), CHATML
     )
+
+
+def refuse_larger(path: Path, size: int) -> Tokenizer:
+    """A ``tokenizer.json``; an `InputError` if it can't be read or has ids beyond a network's vocabulary."""
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # noqa: BLE001 (the library raises nothing more precise)
+        raise InputError(f"{path}: cannot be read as a tokenizer.json: {error}") from None
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    if largest >= size:
+        raise InputError(
+            f"{path}: the tokenizer has {largest + 1} pieces and the network's vocabulary {size}: "
+            "at most that many are accepted"
+        )
+    return tokenizer
 
 
 def write_tokenizer(vocabulary: Vocabulary, folder: Path, context: int) -> list[Path]:

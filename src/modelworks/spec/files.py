@@ -22,7 +22,7 @@ from modelworks.spec.model import ModelSpec
 from modelworks.spec.run import RunSpec
 
 _PRESETS: dict[str, catalog.Kind] = {"model": "models", "cluster": "clusters"}
-_OPEN_TABLES = ("model.rope_scaling.", "simulate.causes.", "launch.environment.", "launch.kubernetes.node_selector.")
+_OPEN_TABLES = ("simulate.causes.", "launch.environment.", "launch.kubernetes.node_selector.")
 """Tables whose keys are the user's own."""
 _MODEL_EXAMPLE = 'give a preset (model = "grok-tiny"), a config (model.hf = "config.json") or the fields themselves'
 
@@ -78,6 +78,9 @@ def run_from(values: Mapping[str, Any], where: str = "run spec", folder: Path | 
         cluster["device"] = _from_folder(cluster["device"], folder)
     if isinstance(data, Mapping):
         values["data"] = _with_paths(data, folder)
+    train = values.get("train")
+    if isinstance(train, Mapping) and "/" in str(train.get("init_from", "")):
+        values["train"] = {**train, "init_from": _from_folder(str(train["init_from"]), folder)}
     return validate(RunSpec, values, where)
 
 
@@ -130,6 +133,9 @@ def _with_preset(kind: catalog.Kind, given: Mapping[str, Any], folder: Path | No
             preset = _from_folder(given.pop("preset"), folder)
         found = catalog.entry(kind, preset)
         base = {"name": found.name} | found.values
+    scaling, over = base.get("rope_scaling"), given.get("rope_scaling")
+    if isinstance(scaling, Mapping) and isinstance(over, Mapping) and over.get("rope_type", over.get("type")):
+        base = base | {"rope_scaling": {}}  # another kind has other fields
     return _merge(base, given)
 
 

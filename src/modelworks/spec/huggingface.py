@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from modelworks.spec.errors import InputError
-from modelworks.spec.fields import nearest, validate
+from modelworks.spec.fields import Section, nearest, validate
 from modelworks.spec.model import ModelSpec
+from modelworks.spec.rope import USED
 
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu"}
 _KNOWN = ["llama", "mistral", "mixtral", "qwen2", "qwen3", "smollm3", "grok-1"]
@@ -20,6 +21,12 @@ _MLP_BIASED = ("llama", "smollm3", "grok-1")
 """Architectures in which `attention_bias` and `mlp_bias` mean something."""
 _WINDOW_ASKED = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3")
 """Architectures that attend over a window only where `use_sliding_window` says so."""
+_GROKS = ("Grok1ForCausalLM", "Grok1ModelForCausalLM")
+"""Architectures of the Grok family; Grok-2's `model_type` is that of another network, which loads everywhere."""
+_ROPE_TYPES = ("linear", "dynamic", "yarn", "llama3")
+"""The kinds of context extension that transformers has and we do."""
+_GROK_ROPE_TYPES = {"yarn": "yarn", "yarn_linear": "yarn", "yarn_log": "yarn_log"}
+"""Those that SGLang's Grok has, beside `original`, and what they are called here."""
 Layout = Literal["grok-1", "grok-1-vllm", "llama", "mistral", "smollm3", "qwen2", "qwen3", "mixtral"]
 """The layouts of Hugging Face folders that are written; `grok-1` is SGLang's, `grok-1-vllm` that of vLLM <= 0.24."""
 _ARCHITECTURES: dict[Layout, str] = {
@@ -64,6 +71,9 @@ def model_from_config(path: str | Path, planning: bool = False) -> ModelSpec:
 def spec_values(config: Mapping[str, Any], where: str, planning: bool = False) -> dict[str, Any]:
     """The fields of a model spec from those of a Hugging Face config."""
     kind = config.get("model_type")
+    if set(_listed(config.get("architectures"))) & set(_GROKS):
+        kind = "grok-1"
+        config = {**config, "model_type": kind}
     known = _KNOWN + _PLANNED if planning else _KNOWN
     if kind not in known:
         raise InputError(f"{where}: model_type = {kind!r} is not known here; {nearest(str(kind), known)}")
@@ -85,7 +95,7 @@ def spec_values(config: Mapping[str, Any], where: str, planning: bool = False) -
             "context": config["max_position_embeddings"],
             "norm_eps": config.get("rms_norm_eps", 1e-5),
             "rope_base": config.get("rope_theta", rope.get("rope_theta", 2e6 if kind == "smollm3" else 10_000.0)),
-            "tied_embeddings": config.get("tie_word_embeddings", kind in ("grok-1", "smollm3")),
+            "tied_embeddings": config.get("tie_word_embeddings", _tied_by_default(kind, config)),
             "attention_bias": kind in _ATTENTION_BIASED and config.get("attention_bias", False),
             "qkv_bias": kind == "qwen2" or (kind == "qwen2_moe" and config.get("qkv_bias", True)),
             "mlp_bias": kind in _MLP_BIASED and config.get("mlp_bias", False),
@@ -95,8 +105,7 @@ def spec_values(config: Mapping[str, Any], where: str, planning: bool = False) -
         }
         if config.get("head_dim"):
             values["head_dim"] = config["head_dim"]
-        if rope.get("rope_type", rope.get("type", "default")) != "default":
-            values["rope_scaling"] = {key: value for key, value in rope.items() if isinstance(value, (int, float, str))}
+        values |= _stretched(config, rope, where)
         if kind == "mixtral":
             values["moe"] = {
                 "experts": config["num_local_experts"],
@@ -111,22 +120,44 @@ def spec_values(config: Mapping[str, Any], where: str, planning: bool = False) -
         if kind == "deepseek_v3":
             values |= _deepseek_values(config, where)
         if kind == "grok-1":
-            values |= {
-                "activation": "gelu",
-                "norm_placement": "sandwich",
-                "attention_multiplier": config.get("attn_output_multiplier"),
-                "attention_softcap": config.get("max_attn_value", config.get("attn_logit_softcapping", 30.0)) or None,
-                "embedding_multiplier": config.get("embedding_multiplier_scale", 1.0),
-                "output_multiplier": config.get("output_multiplier_scale", 1.0),
-                "moe": {
-                    "experts": config.get("num_local_experts", config.get("num_experts")),
-                    "top_k": config.get("num_experts_per_tok", config.get("num_selected_experts")),
-                    "expert_hidden": config.get("moe_intermediate_size", config["intermediate_size"]),
-                },
-            }
+            values |= _grok_values(config, where)
     except KeyError as error:
         raise InputError(f"{where}: the field {error} is missing for model_type = {kind!r}") from None
     return {key: value for key, value in values.items() if value is not None}
+
+
+def _listed(given: Any) -> list[str]:
+    return [name for name in given if isinstance(name, str)] if isinstance(given, list) else []
+
+
+def _tied_by_default(kind: str | None, config: Mapping[str, Any]) -> bool:
+    """Whether the head is the embedding where a config doesn't say; Grok-2 has a head of its own."""
+    return kind == "smollm3" or (kind == "grok-1" and not config.get("residual_moe", False))
+
+
+def _grok_values(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Grok-1 and Grok-2."""
+    if config.get("sliding_window_size", -1) not in (None, -1) or config.get("global_attn_every_n", 1) != 1:
+        raise InputError(f"{where}: sliding_window_size = {config.get('sliding_window_size')!r} is not accepted: -1 is")
+    temperature = config.get("attn_temperature_len", -1)
+    moe = {
+        "experts": config.get("num_local_experts", config.get("num_experts")),
+        "top_k": config.get("num_experts_per_tok", config.get("num_selected_experts")),
+        "expert_hidden": config.get("moe_intermediate_size", config["intermediate_size"]),
+        "residual": config.get("residual_moe", False),
+        "router_softcap": config.get("router_logit_softcapping") or None,
+    }
+    return {
+        "activation": "gelu",
+        "norm_placement": "sandwich",
+        "attention_multiplier": config.get("attn_output_multiplier"),
+        "attention_softcap": config.get("max_attn_value", config.get("attn_logit_softcapping", 30.0)) or None,
+        "attention_temperature_length": temperature if temperature and temperature > 0 else None,
+        "output_softcap": config.get("final_logit_softcapping") or None,
+        "embedding_multiplier": config.get("embedding_multiplier_scale", 1.0),
+        "output_multiplier": config.get("output_multiplier_scale", 1.0),
+        "moe": {field: value for field, value in moe.items() if value is not None},
+    }
 
 
 def _gpt2_values(config: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -233,6 +264,93 @@ def _rope(config: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     return {}
 
 
+def _stretched(config: Mapping[str, Any], rope: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The fields of context extension, from the rotary embedding's table or from Grok's own fields."""
+    if config.get("model_type") == "grok-1" and config.get("rope_type"):
+        return _groks_stretched(config, where)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return {}
+    if kind not in _ROPE_TYPES:
+        raise InputError(
+            f"{where}: rope_scaling.rope_type = {kind!r} is not accepted: one of {', '.join(_ROPE_TYPES)} is"
+        )
+    scaling = {"rope_type": kind} | {
+        key: rope[key] for key in ("factor", *USED[kind]) if rope.get(key) is not None and key != "extrapolation_factor"
+    }
+    if kind == "dynamic":
+        # There the context in the config is the one before the extension, and no longer one is stated.
+        original, factor = config["max_position_embeddings"], scaling.get("factor")
+        longest = original * factor if isinstance(original, int) and isinstance(factor, (int, float)) else original
+        return {
+            "rope_scaling": scaling | {"original_max_position_embeddings": original},
+            "context": int(longest) if isinstance(longest, float) else longest,
+        }
+    if kind in ("yarn", "llama3"):
+        scaling.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
+        if kind == "yarn" and "factor" not in scaling and isinstance(config["max_position_embeddings"], int):
+            scaling["factor"] = config["max_position_embeddings"] / scaling["original_max_position_embeddings"]
+    return {"rope_scaling": scaling}
+
+
+def _groks_stretched(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Context extension in the fields that SGLang reads for Grok; its attention factor is never applied there.
+
+    The released Grok-2 says `original`, which is no extension beside its base.
+    """
+    kind = config["rope_type"]
+    if kind == "original":
+        return {}
+    if kind not in _GROK_ROPE_TYPES:
+        accepted = ", ".join(("original", *_GROK_ROPE_TYPES))
+        raise InputError(f"{where}: rope_type = {kind!r} is not accepted: one of {accepted} is")
+    scaling = {
+        "rope_type": _GROK_ROPE_TYPES[kind],
+        "factor": config["scaling_factor"],
+        "original_max_position_embeddings": config["original_max_position_embeddings"],
+        "attention_factor": 1.0,
+    }
+    kept = ("beta_fast", "beta_slow", "extrapolation_factor")
+    return {"rope_scaling": scaling | {key: config[key] for key in kept if config.get(key) is not None}}
+
+
+def _groks_rope_fields(model: ModelSpec, layout: Layout) -> dict[str, Any]:
+    """The inverse of `_groks_stretched`."""
+    scaling = model.rope_scaling
+    if scaling is None:
+        return {}
+    kinds = {ours: theirs for theirs, ours in _GROK_ROPE_TYPES.items() if theirs != "yarn_linear"}
+    if layout == "grok-1-vllm" or scaling.rope_type not in kinds:
+        raise InputError(
+            f"model.rope_scaling.rope_type = {scaling.rope_type!r} has no place in the config of "
+            f"{_ARCHITECTURES[layout]}: "
+            + ("leaving rope_scaling out" if layout == "grok-1-vllm" else f"one of {', '.join(kinds)}")
+            + " is accepted"
+        )
+    fields = {
+        "rope_type": kinds[scaling.rope_type],
+        "original_max_position_embeddings": scaling.original_max_position_embeddings,
+        "scaling_factor": scaling.factor,
+        "extrapolation_factor": scaling.extrapolation_factor,
+        "beta_fast": scaling.beta_fast,
+        "beta_slow": scaling.beta_slow,
+    }
+    return {key: value for key, value in fields.items() if value is not None}
+
+
+def _stretching_table(model: ModelSpec, layout: Layout) -> dict[str, Any]:
+    """A config's `rope_scaling` table."""
+    scaling = model.rope_scaling
+    if scaling is None:
+        return {}
+    if scaling.rope_type not in _ROPE_TYPES:
+        raise InputError(
+            f"model.rope_scaling.rope_type = {scaling.rope_type!r} has no place in the config of "
+            f"{_ARCHITECTURES[layout]}: one of {', '.join(_ROPE_TYPES)} is accepted"
+        )
+    return {"rope_scaling": scaling.model_dump(exclude_none=True)}
+
+
 def _sliding_window(config: Mapping[str, Any], where: str) -> int | None:
     """The window that every layer attends over; None for the whole context. Layers that differ are refused."""
     kind, window, context = (
@@ -314,10 +432,10 @@ def config_from_model(model: ModelSpec, layout: Layout | None = None, dtype: str
     InputError
         If a field of the network has no place in the config: what is written always reads back as the same network.
     """
-    layout = layout or layout_of(model)
+    layout, model = layout or layout_of(model), with_plain_base(model)
     config: dict[str, Any] = {
         "architectures": [_ARCHITECTURES[layout]],
-        "model_type": "grok-1" if layout == "grok-1-vllm" else layout,
+        "model_type": _model_type(model, layout),
         "num_hidden_layers": model.layers,
         "hidden_size": model.hidden,
         "intermediate_size": model.ffn_hidden,
@@ -334,8 +452,10 @@ def config_from_model(model: ModelSpec, layout: Layout | None = None, dtype: str
         "mlp_bias": model.mlp_bias,
         "torch_dtype": dtype,
     }
-    if model.rope_scaling is not None:
-        config["rope_scaling"] = {key: value for key, value in model.rope_scaling.items() if key != "rope_theta"}
+    if layout not in ("grok-1", "grok-1-vllm"):
+        config |= _stretching_table(model, layout)
+        if model.rope_scaling is not None and model.rope_scaling.rope_type == "dynamic":
+            config["max_position_embeddings"] = model.rope_scaling.original_max_position_embeddings
     if layout == "mixtral" and model.moe is not None:
         config |= {"num_local_experts": model.moe.experts, "num_experts_per_tok": model.moe.top_k}
         config["intermediate_size"] = model.moe.expert_hidden
@@ -350,13 +470,28 @@ def config_from_model(model: ModelSpec, layout: Layout | None = None, dtype: str
         config |= {"no_rope_layer_interval": interval, "pad_token_id": None}
         config["no_rope_layers"] = [int(model.has_rotary(layer)) for layer in range(model.layers)]
     if layout in ("grok-1", "grok-1-vllm"):
-        config |= _grok_fields(model, layout)
+        config |= _grok_fields(model, layout) | _groks_rope_fields(model, layout)
     _refuse_lossy(model, config, layout)
     return config
 
 
+def _model_type(model: ModelSpec, layout: Layout) -> str:
+    """What a config calls its network: Grok-2's release takes a name that every transformers knows."""
+    if layout == "grok-1" and model.moe is not None and model.moe.residual:
+        return "git"
+    return "grok-1" if layout == "grok-1-vllm" else layout
+
+
+def with_plain_base(model: ModelSpec) -> ModelSpec:
+    """The same network with a static NTK-aware extension written as what it is: another base."""
+    if model.rope_scaling is None or model.rope_scaling.rope_type != "ntk" or model.head_dim <= 2:
+        return model
+    base = model.rope_base * model.rope_scaling.factor ** (model.head_dim / (model.head_dim - 2))
+    return model.model_copy(update={"rope_base": base, "rope_scaling": None})
+
+
 def _grok_fields(model: ModelSpec, layout: Layout) -> dict[str, Any]:
-    """What Grok-1's config has beside the common fields, under SGLang's names and the older ones that vLLM reads."""
+    """What the config of Grok-1 and 2 has beside the common fields, under SGLang's names and those of older vLLM."""
     fields: dict[str, Any] = {
         "attn_output_multiplier": model.attention_scale,
         "attn_logit_softcapping": model.attention_softcap or 0.0,
@@ -373,6 +508,10 @@ def _grok_fields(model: ModelSpec, layout: Layout) -> dict[str, Any]:
     if layout == "grok-1":
         # The experts lie in ordinary files, at every degree of tensor parallelism.
         fields["load_presharded_moe"] = False
+        fields["router_logit_softcapping"] = (model.moe.router_softcap if model.moe else None) or 0.0
+        fields["final_logit_softcapping"] = model.output_softcap or 0.0
+        fields["attn_temperature_len"] = model.attention_temperature_length or -1
+        fields["residual_moe"] = model.moe is not None and model.moe.residual
     else:
         experts = model.moe.experts if model.moe else 0
         fields |= {"max_attn_value": model.attention_softcap or 0.0, "num_experts": experts}
@@ -389,6 +528,7 @@ def _refuse_lossy(model: ModelSpec, config: Mapping[str, Any], layout: Layout) -
             continue
         if field == "attention_multiplier" and model.attention_scale == back.attention_scale:
             continue
+        given, read = (v.model_dump(exclude_none=True) if isinstance(v, Section) else v for v in (given, read))
         raise InputError(
             f"model.{field} = {given!r} has no place in the config of {_ARCHITECTURES[layout]}: {read!r} is accepted"
         )

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from modelworks.spec.fields import PositiveFloat, PositiveInt, Section
+from modelworks.spec.rope import RopeScalingSpec
 
 NonNegativeInt = Annotated[int, Field(ge=0)]
 
@@ -33,7 +34,8 @@ class MoESpec(Section):
     shared_gate: bool = False
     """Whether each token weighs what its shared experts give, by a sigmoid (Qwen2-MoE)."""
     residual: bool = False
-    """Whether a dense feed-forward network of the model's `ffn_hidden` stands beside the experts (Grok-2)."""
+    """Whether a dense feed-forward network of the model's `ffn_hidden` stands beside the experts; the sum of both is
+    then divided by the square root of two (Grok-2)."""
     dense_layers: NonNegativeInt = 0
     """How many of the first layers keep a dense feed-forward network of the model's `ffn_hidden`."""
     renormalize: bool = False
@@ -41,6 +43,7 @@ class MoESpec(Section):
     scoring: Literal["softmax", "sigmoid"] = "softmax"
     routed_multiplier: PositiveFloat = 1.0
     router_softcap: PositiveFloat | None = None
+    """`c` in `c * tanh(logits / c)` of the router's logits (Grok-2)."""
 
     @model_validator(mode="after")
     def _top_k_within_experts(self) -> MoESpec:
@@ -181,13 +184,16 @@ class ModelSpec(Section):
     """RMSNorm with a learned scale on each query and key head, before the rotary embedding (Qwen3)."""
     position: Literal["rope", "learned"] = "rope"
     rope_base: PositiveFloat = 10_000.0
-    rope_scaling: dict[str, float | str] | None = None
-    """Context extension as the Hugging Face `rope_scaling` table states it; kept for planning and refused by `model/`
-    where it isn't implemented."""
+    rope_scaling: RopeScalingSpec | None = None
+    """Context extension, in the words of the Hugging Face `rope_scaling` table; ``{rope_type = "default"}``
+    takes that of a preset away."""
     attention_multiplier: PositiveFloat | None = None
     """What attention logits are multiplied with; `head_dim ** -0.5` if unset."""
     attention_softcap: PositiveFloat | None = None
     """`c` in `c * tanh(logits / c)`."""
+    attention_temperature_length: Annotated[int, Field(ge=2)] | None = None
+    """From this position on, counted from 0, a token's attention logits are multiplied by `log(position) / log(length)`
+    after their cap (Grok-2): attention over more tokens stays as sharp as over fewer."""
     attention_bias: bool = False
     """Biases of all four maps of attention."""
     qkv_bias: bool = False
@@ -219,6 +225,9 @@ class ModelSpec(Section):
             if hidden % heads:
                 raise ValueError(f"hidden = {hidden} doesn't divide by heads = {heads}; give head_dim")
             values["head_dim"] = hidden // heads
+        scaling = values.get("rope_scaling")
+        if isinstance(scaling, dict) and scaling.get("rope_type", scaling.get("type")) == "default":
+            values["rope_scaling"] = None
         moe = values.get("moe")
         if "ffn_hidden" not in values and isinstance(moe, dict) and "expert_hidden" in moe:
             values["ffn_hidden"] = moe["expert_hidden"]
@@ -230,6 +239,8 @@ class ModelSpec(Section):
             raise ValueError(f"heads = {self.heads} doesn't divide by kv_heads = {self.kv_heads}")
         if self.position == "rope" and self.head_dim % 2:
             raise ValueError(f"head_dim = {self.head_dim} must be even for a rotary embedding")
+        if self.position != "rope" and self.rope_scaling is not None:
+            raise ValueError(f"rope_scaling is not accepted beside position = {self.position!r}: 'rope' is")
         if self.qkv_bias and self.attention_bias:
             raise ValueError("qkv_bias and attention_bias are not accepted together: attention_bias has those too")
         if self.qkv_bias and self.latent_attention is not None:

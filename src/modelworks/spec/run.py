@@ -67,6 +67,11 @@ class DataSpec(Section):
 class TrainSpec(Section):
     """How the network is trained."""
 
+    init_from: str | None = None
+    """Weights to begin with: a run's name, or the path, with a slash in it, of a run's or a Hugging Face folder; random
+    ones if unset. Where they are a dense network's and the model has experts, each of these begins as a copy. The
+    network's context and how it is reached may differ too. Unless `data.tokenizer` names the same one, their tokenizer
+    is taken."""
     tokens: Count = 2_000_000
     seq_len: PositiveInt = 512
     global_batch: PositiveInt = 32

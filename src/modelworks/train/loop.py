@@ -25,6 +25,7 @@ from modelworks.data.packed import PackedDataset
 from modelworks.data.preparation import prepare
 from modelworks.model import checkpoint
 from modelworks.model.decoder import Decoder, Losses
+from modelworks.model.initial import FOLDER, TOKENIZER, InitialWeights
 from modelworks.spec.errors import InputError, OperationError
 from modelworks.spec.flops import training_flop_per_token
 from modelworks.spec.home import data_folder, write_atomically
@@ -157,7 +158,11 @@ class Trainer:
         torch.manual_seed(self.train_spec.seed)
         with torch.device("meta"):
             self.decoder = Decoder(self.spec.model)
-        self.parallel.apply(self.decoder, self.spec.parallel, self.precision, seed=self.train_spec.seed)
+        resumes = session.resume and bool(checkpoint.folders(self.folder))
+        initial = None if resumes or self.train_spec.init_from is None else InitialWeights(self.folder / FOLDER)
+        self.parallel.apply(
+            self.decoder, self.spec.parallel, self.precision, seed=self.train_spec.seed, initial=initial
+        )
         self.optimizers = Optimizers(self.decoder, self.train_spec, self.precision.dtype, self.parallel.whole)
         self.saving = Saving(
             self.folder, self.spec.checkpoint.keep, self.ranks, asynchronous=self.spec.checkpoint.asynchronous
@@ -493,7 +498,10 @@ def prepare_data(session: RunSession, view: View, keep: bool = True) -> PackedDa
             view.show(session.status)
 
     say(0, 0, None)
-    data = prepare(session.spec.data, session.spec.model.vocab, data_folder(), say)
+    section = session.spec.data
+    if session.spec.train.init_from is not None and section.tokenizer == "bpe":
+        section = section.model_copy(update={"tokenizer": str(session.folder / FOLDER / TOKENIZER)})
+    data = prepare(section, session.spec.model.vocab, data_folder(), say)
     if keep:
         shutil.copyfile(data.tokenizer_file, session.folder / "tokenizer.json")
         write_atomically(session.folder / "data.json", json.dumps(data.manifest, indent=1) + "\n")

@@ -6,7 +6,7 @@ as all processes' memory. The values are those of the whole network on one proce
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -14,14 +14,16 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from modelworks.model.decoder import Decoder
+from modelworks.model.initial import InitialWeights
 from modelworks.model.initialization import fill
 
 if TYPE_CHECKING:
     from modelworks.train.parallelize import Place
 
 
-def fill_parts(decoder: Decoder, places: Mapping[str, Place], seed: int) -> None:
-    """Give what this process holds of each parameter the values that `Decoder.initialize` gives it.
+def fill_parts(decoder: Decoder, places: Mapping[str, Place], seed: int, initial: InitialWeights | None = None) -> None:
+    """Give what this process holds of each parameter the values that `Decoder.initialize` gives it, or others to begin
+    with.
 
     Parameters
     ----------
@@ -31,16 +33,18 @@ def fill_parts(decoder: Decoder, places: Mapping[str, Place], seed: int) -> None
         Where each part stands in its whole, by name; what has none is whole.
     seed
         The run's.
+    initial
+        The weights to begin with, if not random ones.
     """
     for name, parameter in decoder.named_parameters():
         part: Tensor = parameter.detach()
         if isinstance(part, DTensor):
             part = part.to_local()
         place = places.get(name)
-        if place is None:
-            fill(part, decoder.spec, seed, name)
-        else:
-            fill(part, decoder.spec, seed, name, place.shape, start_of(place))
+        shape: Sequence[int] = () if place is None else place.shape
+        start = () if place is None else start_of(place)
+        if initial is None or not initial.fill(part, name, shape, start):
+            fill(part, decoder.spec, seed, name, shape, start)
 
 
 def start_of(place: Place) -> tuple[int, ...]:

@@ -32,6 +32,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from modelworks.model.decoder import Decoder, Losses
 from modelworks.model.experts import MixtureOfExperts
+from modelworks.model.initial import InitialWeights
 from modelworks.model.layers import RMSNorm
 from modelworks.spec.run import ParallelSpec
 from modelworks.train.buckets import Buckets, Summed
@@ -144,6 +145,7 @@ class Parallel:
         spec: ParallelSpec | None = None,
         precision: Precision = FP32,
         seed: int | None = None,
+        initial: InitialWeights | None = None,
     ) -> None:
         """Split a network over the processes, in place. Every process must hold the same weights.
 
@@ -158,6 +160,8 @@ class Parallel:
         seed
             For a network on the meta device: each process gets memory for its parts alone, and they the values that
             `Decoder.initialize(seed)` gives them. If unset, the parts stay without memory.
+        initial
+            The weights to begin with instead, where the network has any of them.
         """
         shapes = {name: parameter.shape for name, parameter in decoder.named_parameters()}
         one = self.layout
@@ -179,7 +183,7 @@ class Parallel:
         if one.processes > 1:
             self._locate(decoder, shapes)
         if seed is not None:
-            fill_parts(decoder, self._places, seed)
+            fill_parts(decoder, self._places, seed, initial)
 
     def _locate(self, decoder: Decoder, shapes: Mapping[str, torch.Size]) -> None:
         """Note where this process's parts of the parameters stand, and whose gradients are added up how."""

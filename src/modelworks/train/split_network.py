@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from modelworks.model.attention import Attention, Rotary, rotary_tables
+from modelworks.model.attention import Attention
 from modelworks.model.decoder import Block, Decoder, Losses
 from modelworks.model.experts import (
     MixtureOfExperts,
@@ -31,6 +31,7 @@ from modelworks.model.experts import (
 )
 from modelworks.model.layers import to_compute_dtype
 from modelworks.model.loss import CHUNK, chunked_cross_entropy
+from modelworks.model.rotary import Rotary, rotary_tables
 from modelworks.train.exchange import exchange, gather, scale_gradient, scatter_sum
 
 
@@ -83,7 +84,7 @@ def split(decoder: Decoder, groups: Groups) -> None:
             _attend_in_chunks(block.attn, groups.context)
         if hasattr(block, "moe"):
             block.moe.forward = _Mixture(block.moe, groups)  # type: ignore[method-assign]
-        else:
+        if hasattr(block, "mlp"):
             _between_collectives(block.mlp, block.mlp.down, groups.tensor)
     decoder.forward = SplitForward(decoder, groups)  # type: ignore[method-assign, assignment]
 
@@ -129,7 +130,9 @@ class SplitForward:
     def layers(self, blocks: Iterable[nn.Module], x: Tensor, seq_len: int) -> tuple[Tensor, list[RouterReport]]:
         """The residual stream after some layers, and their routers' reports on sequences of `seq_len` tokens."""
         whole = rotary_tables(self._decoder.spec, 0, seq_len, x.device)
-        rotary = Rotary(*(of_rank(table, 0, self._groups.context) for table in whole))
+        cosine, sine = (of_rank(table, 0, self._groups.context) for table in whole[:2])
+        temperature = None if whole.temperature is None else of_rank(whole.temperature, 0, self._groups.context)
+        rotary = Rotary(cosine, sine, temperature)
         cache: Any = _GatheredKeys(self._groups.context) if self._groups.context.size() > 1 else None
         reports = []
         for block in blocks:
@@ -175,13 +178,14 @@ def _attend_in_chunks(attention: Attention, group: ProcessGroup) -> None:
     """Let each of a context rank's two chunks attend to the keys up to its own end."""
     attend = attention.attend
 
-    def in_chunks(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """From one's queries (B, heads, T / c, D) and all keys and values (B, KV, T, D)."""
+    def in_chunks(queries: Tensor, keys: Tensor, values: Tensor, temperature: Tensor | None = None) -> Tensor:
+        """From one's queries (B, heads, T / c, D) and their temperature, and all keys and values (B, KV, T, D)."""
         length = keys.shape[2] // (2 * group.size())
         ends = ((group.rank() + 1) * length, keys.shape[2] - group.rank() * length)
+        temperatures = (None, None) if temperature is None else temperature.chunk(2)
         attended = [
-            attend(chunk, keys[:, :, :end], values[:, :, :end])
-            for chunk, end in zip(queries.chunk(2, 2), ends, strict=True)
+            attend(chunk, keys[:, :, :end], values[:, :, :end], warmth)
+            for chunk, end, warmth in zip(queries.chunk(2, 2), ends, temperatures, strict=True)
         ]
         return torch.cat(attended, 2)
 
@@ -229,9 +233,7 @@ class _Mixture:
         gates, choice, report = moe.route(tokens)
         sharing = [groups.context] if groups.experts_in_tensor else [groups.tensor, groups.context]
         if any(group.size() > 1 for group in sharing):
-            with torch.autocast(tokens.device.type, enabled=False):
-                logits = F.linear(tokens.float(), moe.router.weight.float())
-            every_choice = choice
+            logits, every_choice = moe.router_logits(tokens), choice
             for group in sharing:
                 logits, every_choice = gather(logits, 0, group), gather(every_choice, 0, group)
             report = router_report(logits, logits.softmax(-1), every_choice)

@@ -186,6 +186,7 @@ def dry_run_table(report: Mapping[str, Any]) -> Table:
     """What some of a run's processes would hold, beside the plan: one process per line."""
     gib = 2.0**30
     title = f"{report['name']} on {report['processes']:,} processes: {report['layout']}"
+    title += "".join(f", without {field}" for field in report["without"])
     table = Table(
         "rank", "stage", "layers", "parameters", "weights", "gradients", "optimizer", "planned", "ratio",
         box=None, pad_edge=False, collapse_padding=True, title=f"{title}; in GiB", title_justify="left",

@@ -1,0 +1,135 @@
+"""Rotary positions: the angle of each pair of a head's dimensions, stretched over longer contexts, and the turn itself.
+
+RoFormer (arXiv:2104.09864) turns pair i of D / 2 by `position * base ** (-2 i / D)`. Every kind of context extension
+is another set of those frequencies, and in YaRN a factor on cosine and sine as well; `RopeScalingSpec` names the
+kinds and their papers.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from modelworks.spec.model import ModelSpec
+from modelworks.spec.rope import RopeScalingSpec
+
+
+class Rotary(NamedTuple):
+    """What attention knows of each position, in fp32."""
+
+    cosine: Tensor
+    """(T, D) of its rotation."""
+    sine: Tensor
+    """(T, D)"""
+    temperature: Tensor | None = None
+    """(T) what its logits are multiplied with after their cap; None for one everywhere."""
+
+
+def rotary_base(spec: ModelSpec, seq_len: int | None = None) -> float:
+    """The base after an NTK-aware change of it (bloc97 2023; the YaRN paper, section 3.1).
+
+    Parameters
+    ----------
+    spec
+        The network.
+    seq_len
+        The sequence at hand, which `dynamic` goes by; the network's whole context if unset.
+    """
+    scaling, factor = spec.rope_scaling, 1.0
+    if scaling is not None and scaling.rope_type == "ntk":
+        factor = scaling.factor
+    if scaling is not None and scaling.rope_type == "dynamic":
+        original = scaling.original_max_position_embeddings or spec.context
+        longest = max(original, spec.context if seq_len is None else seq_len)
+        factor = scaling.factor * longest / original - (scaling.factor - 1.0)
+    exponent = spec.head_dim / (spec.head_dim - 2) if spec.head_dim > 2 else 0.0
+    return float(spec.rope_base * factor**exponent)
+
+
+def rotary_frequencies(spec: ModelSpec, device: torch.device, seq_len: int | None = None) -> Tensor:
+    """The angle per position of each pair of a head's dimensions (D / 2), in fp32; parameters as in `rotary_base`."""
+    exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.float32, device=device) / spec.head_dim
+    frequencies = 1.0 / rotary_base(spec, seq_len) ** exponents
+    scaling = spec.rope_scaling
+    if scaling is None or scaling.rope_type in ("ntk", "dynamic"):
+        return frequencies
+    if scaling.rope_type == "linear":
+        return frequencies / scaling.factor
+    kept = _kept_by_llama3(scaling, frequencies) if scaling.rope_type == "llama3" else _kept_by_yarn(spec, scaling)
+    kept = kept.to(device)
+    if scaling.rope_type == "yarn_log":
+        return frequencies * scaling.factor ** (kept - 1.0)
+    return kept * frequencies + (1.0 - kept) * frequencies / scaling.factor
+
+
+def _kept_by_llama3(scaling: RopeScalingSpec, frequencies: Tensor) -> Tensor:
+    """How much of each frequency stays: a ramp over the turns that it makes in the original context."""
+    assert scaling.original_max_position_embeddings
+    assert scaling.low_freq_factor
+    assert scaling.high_freq_factor
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+    return ((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)).clamp(0.0, 1.0)
+
+
+def _kept_by_yarn(spec: ModelSpec, scaling: RopeScalingSpec) -> Tensor:
+    """How much of each frequency stays: a ramp over the dimensions (the YaRN paper, section 3.2 and appendix A.2)."""
+    assert scaling.original_max_position_embeddings
+    pairs = spec.head_dim // 2
+
+    def pair_that_turns(times: float) -> float:
+        """Which pair, counted from 0 and broken, makes so many turns in the original context."""
+        wavelengths = scaling.original_max_position_embeddings / (times * 2 * math.pi)  # type: ignore[operator]
+        return pairs * math.log(wavelengths) / math.log(spec.rope_base)
+
+    first, last = pair_that_turns(scaling.fast), pair_that_turns(scaling.slow)
+    if scaling.truncate is not False:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, spec.head_dim - 1)
+    ramp = (torch.arange(pairs, dtype=torch.float32) - first) / (last - first if last != first else 0.001)
+    return (1.0 - ramp.clamp(0.0, 1.0)) * scaling.extrapolated
+
+
+def attention_factor(spec: ModelSpec) -> float:
+    """What cosine and sine are multiplied with: YaRN's inverse root of the temperature (its eq. 22); else 1."""
+    scaling = spec.rope_scaling
+    if scaling is None or not scaling.rope_type.startswith("yarn"):
+        return 1.0
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    stretched = 0.1 * math.log(scaling.factor)
+    if scaling.mscale is not None and scaling.mscale_all_dim is not None:
+        return (scaling.mscale * stretched + 1.0) / (scaling.mscale_all_dim * stretched + 1.0)
+    return stretched + 1.0
+
+
+def rotary_tables(spec: ModelSpec, start: int, length: int, device: torch.device) -> Rotary:
+    """The rotations of the positions `start` to `start + length`, the last of them the sequence's last."""
+    positions = torch.arange(start, start + length, dtype=torch.float32, device=device)
+    return rotations(spec, positions, start + length)
+
+
+def rotations(spec: ModelSpec, positions: Tensor, seq_len: int) -> Rotary:
+    """The rotations, and the temperature where there is one, of any positions (T) of a sequence of `seq_len` tokens."""
+    frequencies = rotary_frequencies(spec, positions.device, seq_len)
+    angles = torch.outer(positions.float(), frequencies).repeat(1, 2)  # (T, D)
+    factor = attention_factor(spec)
+    return Rotary(angles.cos() * factor, angles.sin() * factor, temperature(spec, positions))
+
+
+def temperature(spec: ModelSpec, positions: Tensor) -> Tensor | None:
+    """What the attention logits of positions (T) are multiplied with: `log(position) / log(length)` beyond `length`.
+
+    As SGLang computes Grok-2 (``triton_ops/extend_attention.py``, `xai_temperature_len`), after the soft cap.
+    """
+    length = spec.attention_temperature_length
+    return None if length is None else positions.float().clamp(min=length).log() / math.log(length)
+
+
+def rotate(x: Tensor, rotary: Rotary) -> Tensor:
+    """Turn the heads (B, heads, T, D) by their positions, in fp32, pairing dimension i with i + D / 2 (rotate-half)."""
+    first, second = x.float().chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return (x.float() * rotary.cosine + turned * rotary.sine).to(x.dtype)
