@@ -715,14 +715,31 @@ def _serve(
     threads: Threads = None,
     context: ContextTokens = 4096,
     allow_host: HostNames = None,
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The engines behind it, as a TOML file; SIGHUP reads it again.")
+    ] = None,
+    log: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Write a JSON line per request here; - is standard error.")
+    ] = None,
 ) -> None:
-    """Serve the stored models over an OpenAI-compatible API; MODEL is loaded at once, others when asked for.
+    """Serve models over an OpenAI-compatible API: the stored ones, or with --config those of any engines.
+
+    MODEL is loaded at once, others when asked for; with --config the file says what is served, and MODEL is not used.
 
     Example: [bold]modelworks serve smollm2-135m --port 8000[/bold]
-    """
-    from modelworks.serve.listen import serve
-    from modelworks.serve.llamacpp import EngineSettings
 
+    Example: [bold]modelworks serve --config serve.toml[/bold]
+    """
+    from modelworks.serve.listen import gateway, serve
+    from modelworks.serve.llamacpp import EngineSettings
+    from modelworks.serve.log import log_to
+    from modelworks.serve.store import Store
+
+    if log is not None:
+        log_to(log)
+    if config is not None:
+        gateway(config, Store(), host=host, port=port, hosts=allow_host or [])
+        return
     store = _served(model)
     settings = EngineSettings(slots=slots, threads=threads, context=context)
     serve(store, model, settings, host=host, port=port, hosts=allow_host or [])
