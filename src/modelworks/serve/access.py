@@ -8,14 +8,16 @@ needs ``admin``: what is new is closed until it is opened here.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
+from pydantic import Field
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from modelworks.serve.errors import RequestError
+from modelworks.spec.fields import Count, Duration, PositiveFloat, PositiveInt, Section
 
 SCOPES = ("generate", "embed", "models", "account", "admin")
 """What a key may be for: answers, vectors, the list of models, its owner's keys and usage, everything of everyone."""
@@ -30,50 +32,33 @@ _SCOPE_OF = (
 )
 
 
-@dataclass(frozen=True)
-class Tier:
-    """What a user may use.
+class Tier(Section):
+    """What a user may use."""
 
-    Parameters
-    ----------
-    name : str
-        Such as ``premium``.
-    models : tuple of str
-        Patterns of models' names, such as ``grok-*``.
-    modes : tuple of str
-        Ways of answering: ``fast``, and ``think`` for a reasoning effort over ``low``.
-    context : int, optional
-        Tokens that a prompt may have, about; None is what the model can take.
-    answer : int
-        Tokens that an answer may have.
-    images : bool
-        Whether messages may hold images.
-    live_knowledge : bool
-        Whether an answer may search for what is new (``search_parameters``).
-    messages : int, optional
-        Answers per window; None is as many as one likes.
-    window_s : float
-        The window's length, in seconds. It slides.
-    tokens_per_day : int, optional
-        Read and written, in any 24 hours.
-    parallel : int
-        Answers at once.
-    priority : float
-        The share of full engines beside that of others.
-    """
-
-    name: str
-    models: tuple[str, ...] = ("*",)
-    modes: tuple[str, ...] = ("fast",)
-    context: int | None = None
-    answer: int = 4096
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.+_-]{0,31}$")]
+    """Such as ``premium``."""
+    models: list[str] = ["*"]
+    """Patterns of models' names, such as ``grok-*``."""
+    modes: list[Literal["fast", "think"]] = ["fast"]
+    """Ways of answering: ``think`` is a reasoning effort over ``low``."""
+    context: PositiveInt | None = None
+    """Tokens that a prompt may have, about; left out, what the model can take."""
+    answer: PositiveInt = 4096
+    """Tokens that an answer may have."""
     images: bool = False
+    """Whether messages may hold images."""
     live_knowledge: bool = False
-    messages: int | None = None
-    window_s: float = 7200.0
-    tokens_per_day: int | None = None
-    parallel: int = 4
-    priority: float = 1.0
+    """Whether an answer may search for what is new (``search_parameters``)."""
+    messages: PositiveInt | None = None
+    """Answers per window; left out, as many as one likes."""
+    window_s: Duration = 7200.0
+    """The window's length; it slides."""
+    tokens_per_day: Count | None = None
+    """Read and written in any 24 hours; left out, as many as one likes."""
+    parallel: PositiveInt = 4
+    """Answers at once."""
+    priority: PositiveFloat = 1.0
+    """The share of full engines beside that of others."""
 
     def has(self, model: str) -> bool:
         """Whether the tier includes a model."""
@@ -129,6 +114,12 @@ class Wanted:
 class Access(Protocol):
     """Keeps the accounts."""
 
+    async def start(self) -> None:
+        """Called before the first request."""
+
+    async def close(self) -> None:
+        """Called after the last one."""
+
     async def authenticate(self, key: str, address: str) -> Principal:
         """Whose key it is.
 
@@ -149,13 +140,6 @@ class Access(Protocol):
 
     async def settle(self, grant: Grant, outcome: Outcome) -> None:
         """Put what a request has used in the place of what was set aside."""
-
-
-@dataclass
-class _Denied:
-    status: int
-    message: str
-    headers: dict[str, str] = field(default_factory=dict)
 
 
 def scope_of(path: str) -> str:

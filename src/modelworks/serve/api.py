@@ -18,6 +18,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
@@ -79,10 +80,14 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await engine.start()
+        if access is not None:
+            await access.start()
         if preload:
             await engine.load(preload)
         yield
         await engine.close()
+        if access is not None:
+            await access.close()
 
     app = FastAPI(title="Modelworks", version=__version__, lifespan=lifespan, docs_url="/v1/docs", redoc_url=None)
     if access is not None:
@@ -205,6 +210,15 @@ def _add_errors(app: FastAPI) -> None:
     async def refused(_: Request, error: Exception) -> Response:
         assert isinstance(error, RequestError)
         return _error_response(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def not_accepted(_: Request, error: Exception) -> Response:
+        # Without what was given: it may be a password.
+        assert isinstance(error, RequestValidationError)
+        first = error.errors()[0]
+        param = ".".join(str(part) for part in first["loc"][1:])
+        where = f"{param}: " if param else ""
+        return _error_response(RequestError(f"{where}{first['msg']}", code="invalid_value", param=param or None))
 
     @app.exception_handler(OperationError)
     async def failed(_: Request, error: Exception) -> Response:

@@ -64,6 +64,8 @@ class FairQueue:
         self._running: Counter[str] = Counter()
         self._waiting: dict[str, dict[str, deque[_Waiter]]] = {}
         self._count: dict[str, float] = {}
+        self._guessed: dict[str, float] = {}
+        """Of the count, what is a guess for requests that run."""
         self._present: Counter[str] = Counter()
         self._floor = 0.0
         self._answer_cost = WRITTEN * _FIRST_GUESS
@@ -114,6 +116,7 @@ class FairQueue:
             self._answer_s += _SMOOTHING * (time.monotonic() - began - self._answer_s)
             self._answer_cost += _SMOOTHING * (max(place.cost - read, 0) - self._answer_cost)
             self._count[tenant] += (place.cost - waiter.cost) / weight
+            self._guessed[tenant] -= waiter.cost / weight
             self._running[model] -= 1
             self._leave(tenant)
             self._go_on(model)
@@ -140,6 +143,7 @@ class FairQueue:
         """Take back a request that isn't wanted any more; if its turn has come meanwhile, the next one has it."""
         if waiter.turn.done() and not waiter.turn.cancelled() and waiter.turn.exception() is None:
             self._count[waiter.tenant] -= waiter.cost / waiter.weight
+            self._guessed[waiter.tenant] -= waiter.cost / waiter.weight
             self._running[model] -= 1
             self._go_on(model)
             return
@@ -176,22 +180,24 @@ class FairQueue:
                 del tenants[tenant]
             if waiter.turn.done():
                 continue
-            self._floor = max(self._floor, self._count[tenant])
+            self._floor = max(self._floor, self._count[tenant] - self._guessed[tenant])
             self._count[tenant] += waiter.cost / waiter.weight
+            self._guessed[tenant] += waiter.cost / waiter.weight
             self._running[model] += 1
             waiter.turn.set_result(None)
 
     def _join(self, tenant: str) -> None:
         if not self._present[tenant]:
-            others = [self._count[other] for other in self._present]
+            others = [self._count[other] - self._guessed[other] for other in self._present]
             floor = min(others) if others else self._floor
             self._count[tenant] = max(self._count.get(tenant, 0.0), floor)
+            self._guessed[tenant] = 0.0
         self._present[tenant] += 1
 
     def _leave(self, tenant: str) -> None:
         self._present[tenant] -= 1
         if not self._present[tenant]:
-            del self._present[tenant]
+            del self._present[tenant], self._guessed[tenant]
             if len(self._count) > _MOST_ABSENT + len(self._present):
                 self._count = {name: self._count[name] for name in self._present}
 

@@ -49,12 +49,21 @@ def open_port(host: str, port: int) -> socket.socket:
 
 
 def serve(
-    store: Store, model: str, settings: EngineSettings, *, host: str, port: int, hosts: Collection[str] = ()
+    store: Store,
+    model: str,
+    settings: EngineSettings,
+    *,
+    host: str,
+    port: int,
+    hosts: Collection[str] = (),
+    access: Access | None = None,
+    routers: Collection[APIRouter] = (),
 ) -> None:
     """Serve a store's models until the process is told to end; `model` is loaded before the first request."""
     listener = open_port(host, port)
     with listener:
-        app = create_app(LlamaCppEngine(store, settings), store, preload=model, hosts=hosts)
+        engine = LlamaCppEngine(store, settings)
+        app = create_app(engine, store, preload=model, hosts=hosts, access=access, routers=routers)
         _run(app, listener, model)
 
 
