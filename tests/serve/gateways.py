@@ -22,6 +22,11 @@ STUB = Path(__file__).parents[2] / "benchmarks" / "stub_engine.py"
 HELLO = [{"role": "user", "content": "hello"}]
 
 
+def plain_client(**options: Any) -> httpx.Client:
+    """A client for http; without certificates, which take longer to read than most tests."""
+    return httpx.Client(verify=False, timeout=30, **options)
+
+
 class Stub:
     """One stub engine; see `benchmarks/stub_engine.py` for what it can be told to do."""
 
@@ -32,7 +37,7 @@ class Stub:
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self._process.stdout is not None
         self.port = int(self._process.stdout.readline())
-        self._client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}")
+        self._client = plain_client(base_url=f"http://127.0.0.1:{self.port}")
         self.url = f"http://127.0.0.1:{self.port}/v1"
 
     def control(self, **what: Any) -> None:
@@ -70,7 +75,7 @@ def serving(app: FastAPI) -> Iterator[str]:
 
 def client_of(address: str, key: str = "none") -> openai.OpenAI:
     """The official client."""
-    return openai.OpenAI(base_url=f"{address}/v1", api_key=key, max_retries=0, timeout=30)
+    return openai.OpenAI(base_url=f"{address}/v1", api_key=key, max_retries=0, http_client=plain_client())
 
 
 def text_of(chunks: Any) -> str:
