@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 TARGET = 0.05
-STEPS = 4
+STEPS = 2
 """Steps behind each save."""
 
 
@@ -80,7 +80,7 @@ def measure(model: str, processes: int, rounds: int) -> dict[str, Any]:
                 "name": "stall",
                 "model": model,
                 "data": {"source": "files", "files": [str(home / "text")]},
-                "train": {"tokens": 10**9, "seq_len": 512, "global_batch": 32, "micro_batch": 4},
+                "train": {"tokens": 10**9, "seq_len": 512, "global_batch": 8, "micro_batch": 4},
                 "cluster": {
                     "preset": "local",
                     "gpus": processes,

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import pickle
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -127,13 +127,28 @@ def imported(folder: Path, kind: str, tokenizer: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "modelworks", "import", "grok-1", str(folder), "--out", str(folder / kind)]
     command += ["--config", str(folder / "manifest.json"), "--to", kind, "--dtype", "bfloat16"]
     command += ["--tokenizer", str(tokenizer)]
-    child = os.posix_spawn(sys.executable, command, os.environ)
-    _, status, usage = os.wait4(child, 0)
-    if status:
-        raise SystemExit(f"the import ended with status {status}")
+    child = subprocess.Popen(command)
+    peak = 0
+    while child.poll() is None:
+        peak = max(peak, peak_kib(child.pid))
+        time.sleep(0.02)
+    if child.returncode:
+        raise SystemExit(f"the import ended with status {child.returncode}")
     read = sum(path.stat().st_size for path in (folder / "ckpt-0").iterdir())
     seconds = time.perf_counter() - begun
-    return {"kind": kind, "seconds": seconds, "bytes": read, "peak_gib": usage.ru_maxrss / (1 << 20)}
+    return {"kind": kind, "seconds": seconds, "bytes": read, "peak_gib": peak / (1 << 20)}
+
+
+def peak_kib(process: int) -> int:
+    """A process' peak resident memory since it began its program, in KiB; 0 once it has ended.
+
+    ``ru_maxrss`` won't do: it begins with the peak of the process that started this one.
+    """
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except FileNotFoundError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("VmHWM")), 0)
 
 
 def compare(folder: Path, kind: str, parts: dict[str, int]) -> int:

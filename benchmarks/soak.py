@@ -26,6 +26,7 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
 import statistics
 import subprocess
@@ -135,10 +136,11 @@ class Run:
         found = {}
         with contextlib.suppress(psutil.Error):
             assert self.process is not None
-            for child in psutil.Process(self.process.pid).children():
-                with contextlib.suppress(psutil.Error, KeyError):
-                    if "modelworks.train.worker" in child.cmdline():
-                        found[int(child.environ()["RANK"])] = child
+            for child in psutil.Process(self.process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.Error, IndexError):
+                    title = re.match(r"process (\d+): -m modelworks\.train\.worker ", child.cmdline()[0])
+                    if title:
+                        found[int(title[1])] = child
         return found
 
     def saved(self, damaged: Collection[int] = ()) -> list[int]:
@@ -369,7 +371,7 @@ def predicted(run: RunSpec, faults: list[Fault], rows: list[dict[str, Any]], ela
 
     stops = [fault for fault in faults if fault.kind != "slow"]
     slowed_s = sum(fault.outage_s for fault in faults if fault.kind == "slow")
-    step_s = statistics.median(row["step_time_s"] for row in rows)
+    step_s = statistics.fmean(row["step_time_s"] for row in rows)
     took = [max(step_s, (fault.down_s or 0.0) - fault.outage_s - detect_s(fault) - step_s) for fault in stops]
     restart_s = statistics.fmean(took) if took else 0.0
     with tempfile.TemporaryDirectory() as folder:
@@ -485,7 +487,7 @@ def soak(minutes: float, processes: int, every_s: float, seed: int, say: Callabl
             save_s = seconds_of_a_save(alone)
         log = (home / "soaked.log").read_text(encoding="utf-8", errors="replace")
         faults, rows = injector.faults, run.rows[:steps]
-        step_s = statistics.median(row["step_time_s"] for row in rows)
+        step_s = statistics.fmean(row["step_time_s"] for row in rows)
         lost = [fault.lost_steps for fault in faults if fault.kind != "corrupt"]
         damaged = [fault.lost_steps for fault in faults if fault.kind == "corrupt"]
         return {

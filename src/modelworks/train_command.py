@@ -25,7 +25,7 @@ from modelworks.train.interrupt import Interrupt, Interrupted
 from modelworks.train.record import MetricsReader, RunRecord, Status
 from modelworks.train.session import RunSession, open_run
 from modelworks.train.watchdog import Watchdog, limit_s
-from modelworks.train.worker import FINAL_CODES
+from modelworks.train.worker import FINAL_CODES, PRELOADED
 
 if TYPE_CHECKING:
     from modelworks.launch.elastic import Failure, Processes
@@ -179,6 +179,7 @@ def attend(
             lambda: _newest_step(record),
             Watchdog(Path(pulses), count, limit_s(spec.guard.hang)),
             meeting,
+            preload=PRELOADED,
         )
         _until_it_ends(work, interrupt, look, meeting)
     look()

@@ -70,8 +70,8 @@ def _has_checkpoint(name: str) -> bool:
 
 
 def _workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    children = psutil.Process(process.pid).children()
-    return [child for child in children if "modelworks.train.worker" in child.cmdline()]
+    children = psutil.Process(process.pid).children(recursive=True)
+    return [child for child in children if " modelworks.train.worker " in child.cmdline()[0]]
 
 
 def _losses(name: str) -> list[float]:

@@ -1,11 +1,11 @@
 """A node's processes of one run, under torchrun's agent: started together, and again when one is lost.
 
 The agents of several nodes meet (`launch.meeting`); what one of them starts again, all do. The agent runs in a thread
-of the process that asked for it, so that the processes are its children: they can be signalled by it, and they notice
-when it is gone. What ends a process decides what follows. A code that says "no attempt will do better" ends the run;
-anything else (killed, out of memory, hung, lost its peers) starts all processes again, which take up the last
-checkpoint, as long as attempts get further than the ones before them. Once one has failed the others have nothing to
-wait for: they are given a moment for their last words and are then killed.
+of the process that asked for it, and has the processes forked from a server (`launch.forked`), so that another attempt
+begins at once; they notice when the process that asked is gone. What ends a process decides what follows. A code that
+says "no attempt will do better" ends the run; anything else (killed, out of memory, hung, lost its peers) starts all
+processes again, which take up the last checkpoint, as long as attempts get further than the ones before them. Once one
+has failed the others have nothing to wait for: they are given a moment for their last words and are then killed.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ import contextlib
 import logging
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from subprocess import Popen, TimeoutExpired
 from typing import TYPE_CHECKING, Any, Protocol
 
 import psutil
 
+from modelworks.launch import forked
 from modelworks.launch.losses import LostError
 
 if TYPE_CHECKING:
@@ -91,6 +91,8 @@ class Processes:
         Finds the processes that hang, which are then killed.
     meeting
         Where they meet those of other nodes; they are alone without it.
+    preload
+        Modules that the processes import, to be imported once for all of them.
 
     Raises
     ------
@@ -107,6 +109,7 @@ class Processes:
         progress: Callable[[], float],
         watch: Watch | None = None,
         meeting: Meeting | None = None,
+        preload: Collection[str] = (),
     ) -> None:
         from modelworks.launch.meeting import Meeting
 
@@ -117,6 +120,7 @@ class Processes:
         self._final_codes, self._progress = frozenset(final_codes), progress
         self._reached, self._futile, self._stopping = progress(), 0, False
         self._meeting = meeting or Meeting()
+        forked.preload(preload)
         ends = _Ends(log_folder, self._final_codes, watch)
         self._agent = _agent(list(arguments), count, log_folder, ends, self, self._meeting)
         self._error: BaseException | None = None
@@ -194,19 +198,19 @@ class _Ends:
         if self._watch is not None:
             self._watch.started()
 
-    def look(self, processes: Mapping[int, Popen[bytes]]) -> Failure | None:
+    def look(self, processes: Mapping[int, BaseProcess]) -> Failure | None:
         """Kill what hangs; if any process has failed, end them all and say which failure came before the others."""
         hung: dict[int, str] = {}
-        if self._watch is not None and all(process.poll() is None for process in processes.values()):
+        if self._watch is not None and all(process.exitcode is None for process in processes.values()):
             hung.update(self._watch.hung())
             for number in hung:
                 _kill(processes[number])
-        if not any(process.poll() for process in processes.values()):
+        if not any(process.exitcode for process in processes.values()):
             return None
         deadline = time.monotonic() + _LAST_WORDS_S
-        while time.monotonic() < deadline and any(process.poll() is None for process in processes.values()):
+        while time.monotonic() < deadline and any(process.exitcode is None for process in processes.values()):
             time.sleep(0.02)
-        codes = {number: code for number, process in processes.items() if (code := process.poll())}
+        codes = {number: code for number, process in processes.items() if (code := process.exitcode)}
         for process in processes.values():
             _kill(process)
 
@@ -231,29 +235,30 @@ def _agent(
     arguments: list[str], count: int, log_folder: Path, ends: _Ends, work: Processes, meeting: Meeting
 ) -> LocalElasticAgent:
     """torchrun's agent for one node, which asks `work` before it starts the processes again."""
-    from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
+    from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
-    from torch.distributed.elastic.multiprocessing.api import SubprocessContext
+    from torch.distributed.elastic.multiprocessing.api import MultiprocessContext
     from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousError
 
     handler = meeting.handler()
 
     class Agent(LocalElasticAgent):
+        processes: Mapping[int, BaseProcess]
+
         def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
             if work.stopping:
                 raise RendezvousClosedError("the processes were told to end before they were started")
             ends.starting()
-            started: dict[int, Any] = super()._start_workers(worker_group)
+            started: dict[int, int] = super()._start_workers(worker_group)
+            assert isinstance(self._pcontext, MultiprocessContext)
+            # Not `multiprocessing.active_children`, which leaves out what has ended already.
+            assert self._pcontext._pc is not None
+            self.processes = dict(enumerate(self._pcontext._pc.processes))
             return started
 
         def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-            context = self._pcontext
-            assert isinstance(context, SubprocessContext)
-            processes = {number: started.proc for number, started in context.subprocess_handlers.items()}
-            failure = ends.look(processes)
-            if failure is None and any(process.poll() is None for process in processes.values()):
-                return RunResult(state=WorkerState.HEALTHY)
+            failure = ends.look(self.processes)
             result: RunResult = super()._monitor_workers(worker_group)
             if failure is not None and not work.goes_on_after(failure):
                 self._remaining_restarts = 0
@@ -271,23 +276,24 @@ def _agent(
     spec = WorkerSpec(
         role="train",
         local_world_size=count,
-        entrypoint=sys.executable,
-        args=tuple(arguments),
+        entrypoint=forked.run,
+        args=(arguments, dict(os.environ)),
         rdzv_handler=handler,
         max_restarts=_ATTEMPTS,
         monitor_interval=_MONITOR_S,
     )
     logs = DefaultLogsSpecs(str(log_folder), redirects=Std.ALL, tee={0: Std.ERR})
-    return Agent(spec, logs)
+    return Agent(spec, logs, start_method="forkserver")
 
 
-def _kill(process: Popen[bytes]) -> None:
-    """End a process, which leads a group of its own, and wait until it has."""
-    if process.poll() is None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        with contextlib.suppress(TimeoutExpired):
-            process.wait(_LAST_WORDS_S)
+def _kill(process: BaseProcess) -> None:
+    """End a process and those that it has started, and wait until it has ended."""
+    if process.exitcode is None and process.pid is not None:
+        # It leads a group of its own from its first moment on, but that moment may be to come.
+        for end in (os.killpg, os.kill):
+            with contextlib.suppress(ProcessLookupError):
+                end(process.pid, signal.SIGKILL)
+        process.join(_LAST_WORDS_S)
 
 
 def _alive(process: Any) -> bool:

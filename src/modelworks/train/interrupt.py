@@ -6,6 +6,7 @@ signal is noted, and the loop stops after the step that it is in; a second Ctrl-
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -69,8 +70,14 @@ class ParentInterrupt(Interrupt):
     @property
     def received(self) -> int | None:
         """The signal that asked for the end."""
-        return self._received or (signal.SIGTERM if os.getppid() != self._parent else None)
+        return self._received or (signal.SIGTERM if self._orphaned() else None)
 
     @received.setter
     def received(self, number: int | None) -> None:
         self._received = number
+
+    def _orphaned(self) -> bool:
+        parent = multiprocessing.parent_process()
+        if parent is not None:  # A fork server stands between, and outlives it.
+            return not parent.is_alive()
+        return os.getppid() != self._parent

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import platform
 import signal
@@ -253,7 +254,13 @@ def own_process() -> dict[str, Any]:
 
 def parent_process() -> dict[str, Any]:
     """The identity of the process that started this one, as fields of a `Status`."""
-    return _identity(psutil.Process(os.getppid()))
+    return _identity(psutil.Process(parent_id()))
+
+
+def parent_id() -> int:
+    """The process that started this one; a fork server between them doesn't count."""
+    parent = multiprocessing.parent_process()
+    return os.getppid() if parent is None or parent.pid is None else parent.pid
 
 
 def _identity(process: psutil.Process) -> dict[str, Any]:

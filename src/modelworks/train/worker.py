@@ -27,6 +27,14 @@ FINAL_CODES: dict[int, type[InputError] | type[OperationError]] = {2: InputError
 ends with 1."""
 DIFFERING = 4
 """The exit code of processes that hold other weights than they should: another attempt may go well."""
+PRELOADED = (
+    "modelworks.data.tokenizer",
+    "modelworks.train.loop",
+    "modelworks.train.ranks",
+    "modelworks.train.worker",
+    "safetensors.torch",
+)
+"""What it imports and a fork server can import for all processes."""
 _PREDECESSOR_S = 120.0
 """How long the processes of an earlier attempt may take to leave."""
 
