@@ -283,7 +283,7 @@ def test_a_client_that_leaves_pays_for_what_was_written_and_keeps_no_place(gatew
 
 
 def test_a_user_with_little_is_served_while_another_floods(gateway: Gateway) -> None:
-    gateway.stub.control(rate=50)
+    gateway.stub.control(rate=16)  # eight answers at a time, half a second each
     flood, small = gateway.user("flood"), gateway.user("small")
     body = {"model": "stub", "messages": HELLO}
     ended: list[str] = []
@@ -292,14 +292,14 @@ def test_a_user_with_little_is_served_while_another_floods(gateway: Gateway) -> 
         assert gateway.call(key, "POST", "/v1/chat/completions", json=body).status_code == 200
         ended.append(name)
 
-    threads = [threading.Thread(target=ask, args=(flood, "flood")) for _ in range(48)]
-    for thread in threads:
+    flooding = [threading.Thread(target=ask, args=(flood, "flood")) for _ in range(48)]
+    for thread in flooding:
         thread.start()
     wait_for(lambda: ended)
-    threads += [threading.Thread(target=ask, args=(small, "small")) for _ in range(3)]
-    for thread in threads[-3:]:
+    asking = [threading.Thread(target=ask, args=(small, "small")) for _ in range(3)]
+    for thread in asking:
         thread.start()
-    for thread in threads:
+    for thread in [*asking, *flooding]:
         thread.join()
     assert max(index for index, name in enumerate(ended) if name == "small") < 40
 

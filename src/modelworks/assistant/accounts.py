@@ -85,7 +85,7 @@ class Accounts:
     def __init__(self, database: Database, clock: Callable[[], float] = time.time) -> None:
         self.database = database
         self._clock = clock
-        self._lockout = Lockout(database, clock)
+        self.lockout = Lockout(database, clock)
 
     # --- users
 
@@ -300,7 +300,7 @@ class Accounts:
                     principal = self._principal(session, user, row)
                     stale = row.last_used is None or now - row.last_used > _LAST_USED_S
         if not (right and usable) or row is None or user.disabled:
-            self._lockout.attempt({f"keys from {network(address)}": _WRONG_KEYS})
+            self.lockout.attempt({f"keys from {network(address)}": _WRONG_KEYS})
             raise RequestError("this key is not valid", status=401, code="invalid_api_key")
         if stale:
             self._used(identity, now)
@@ -340,13 +340,13 @@ class Accounts:
         place, who = network(address), name[:64].lower()
         pair, user_wide = f"sign-in {who} from {place}", f"sign-in {who}"
         allowed = {pair: _WRONG_PASSWORDS["pair"], user_wide: _WRONG_PASSWORDS["user"]}
-        self._lockout.attempt(allowed | {f"sign-in from {place}": _WRONG_PASSWORDS["address"]})
+        self.lockout.attempt(allowed | {f"sign-in from {place}": _WRONG_PASSWORDS["address"]})
         with self.database.read() as session:
             row = session.scalar(select(UserRow).where(func.lower(UserRow.name) == who))
             kept = row.password if row is not None and not row.disabled else None
         if not matches(password, kept) or row is None:
             raise RequestError("the name or the password is wrong", status=401, code="invalid_credentials")
-        self._lockout.succeeded([pair])
+        self.lockout.succeeded([pair])
         return row
 
     # --- tiers, and what was done

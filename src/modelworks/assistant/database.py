@@ -21,7 +21,7 @@ from alembic import command
 from alembic.config import Config
 from alembic.util import CommandError
 from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
-from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
+from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, OperationalError
 from sqlalchemy.orm import Session
 
 from modelworks.spec.errors import InputError, OperationError
@@ -72,6 +72,8 @@ class Database:
         try:
             with Session(self.engine) as session, session.begin():
                 yield session
+        except IntegrityError as error:
+            raise OperationError("the same was changed by two at the same time; try again") from error
         except OperationalError as error:
             raise OperationError(f"the database {self.shown} could not be written: {_one_line(error.orig)}") from error
 

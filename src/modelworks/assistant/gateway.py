@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +20,9 @@ from modelworks.assistant.database import Database, default_database
 from modelworks.assistant.ledger import BEAT_S, Ledger
 from modelworks.serve.access import SCOPES, Grant, Outcome, Principal, Wanted, address_of, principal_of
 from modelworks.serve.errors import RequestError
-from modelworks.spec.errors import InputError
+from modelworks.spec.errors import InputError, OperationError
+
+_LOG = logging.getLogger("modelworks.accounts")
 
 
 class AccountAccess:
@@ -50,7 +53,11 @@ class AccountAccess:
     async def _beat(self) -> None:
         while True:
             await asyncio.sleep(BEAT_S)
-            await asyncio.to_thread(self.ledger.beat)
+            try:
+                await asyncio.to_thread(self.ledger.beat)
+                await asyncio.to_thread(self.accounts.lockout.forget)
+            except OperationError as error:  # a database that is away for a while
+                _LOG.error("%s", error)
 
     async def authenticate(self, key: str, address: str) -> Principal:
         """Whose key it is."""

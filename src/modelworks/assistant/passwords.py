@@ -14,6 +14,7 @@ from collections.abc import Callable
 from argon2 import PasswordHasher
 from argon2.exceptions import InvalidHashError, VerificationError
 from sqlalchemy import delete
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from modelworks.assistant.database import Database
@@ -91,7 +92,6 @@ class Lockout:
         """
         now = self._clock()
         with self._database.write() as session:
-            session.execute(delete(AttemptRow).where(AttemptRow.last < now - _FORGOTTEN_S))
             rows = {subject: _row(session, subject, now) for subject in sorted(allowed)}
             wait = max(_wait(row, allowed[subject], now) for subject, row in rows.items())
             if wait <= 0:
@@ -105,6 +105,11 @@ class Lockout:
                 retry_after_s=wait,
             )
 
+    def forget(self) -> None:
+        """Remove what is older than a day."""
+        with self._database.write() as session:
+            session.execute(delete(AttemptRow).where(AttemptRow.last < self._clock() - _FORGOTTEN_S))
+
     def succeeded(self, subjects: list[str]) -> None:
         """Forget the failures of those who have come in."""
         with self._database.write() as session:
@@ -112,11 +117,13 @@ class Lockout:
 
 
 def _row(session: Session, subject: str, now: float) -> AttemptRow:
-    row = session.get(AttemptRow, subject[:160], with_for_update=True)
-    if row is None:
-        row = AttemptRow(subject=subject[:160], failures=0, last=now)
-        session.add(row)
-        session.flush()
+    """The row of a subject, made if it isn't there, and locked against other servers."""
+    insert = sqlite.insert if session.get_bind().dialect.name == "sqlite" else postgresql.insert
+    made = insert(AttemptRow).values(subject=subject[:160], failures=0, last=now).on_conflict_do_nothing()
+    session.execute(made)
+    row = session.get_one(AttemptRow, subject[:160], with_for_update=True)
+    if row.last < now - _FORGOTTEN_S:
+        row.failures = 0
     return row
 
 
