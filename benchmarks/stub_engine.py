@@ -6,9 +6,9 @@ that whoever receives it knows its delay and whether one is missing. It also fai
 
     python benchmarks/stub_engine.py [--port 0] [--rate 50] [--tokens 32] [--model stub]
 
-Faults: ``none``, ``refuse`` (500), ``busy`` (429), ``silent`` (never answers), ``die`` (hangs up at once),
-``break`` (hangs up after three tokens), ``stall`` (says nothing after three tokens), ``bad`` (400), ``error`` (an error
-after three tokens).
+Faults: ``none``, ``refuse`` (500), ``redirect`` (302 to ``elsewhere``), ``busy`` (429), ``silent`` (never answers),
+``die`` (hangs up at once), ``break`` (hangs up after three tokens), ``stall`` (says nothing after three tokens),
+``bad`` (400), ``error`` (an error after three tokens).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class State:
 
     def __init__(self, rate: float, tokens: int, models: list[str]) -> None:
         self.rate, self.tokens, self.models = rate, tokens, models
-        self.fault = "none"
+        self.fault, self.elsewhere = "none", ""
         self.seen: dict[str, Any] = {"requests": 0, "running": 0, "finished": 0, "gone": 0}
         self.last: dict[str, Any] = {}
         self.authorization = ""
@@ -73,6 +73,7 @@ class Connection(asyncio.Protocol):
         state = self._state
         if path == "/control":
             state.fault = asked.get("fault", state.fault)
+            state.elsewhere = asked.get("elsewhere", state.elsewhere)
             state.rate = asked.get("rate", state.rate)
             state.tokens = asked.get("tokens", state.tokens)
             self._send({})
@@ -103,6 +104,8 @@ class Connection(asyncio.Protocol):
         match state.fault:
             case "refuse":
                 self._send({"error": {"message": "out of memory at /srv/secret"}}, 500)
+            case "redirect":
+                self._send({}, 302, f"Location: {state.elsewhere}\r\n")
             case "busy":
                 self._send({"error": {"message": "busy"}}, 429, "Retry-After: 7\r\n")
             case "bad":

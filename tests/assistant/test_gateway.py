@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from sqlalchemy import func, select
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "serve"))
 from gateways import HELLO, Stub, client_of, numbers_of, plain_client, serving, text_of, wait_for
@@ -25,6 +26,7 @@ from modelworks.assistant.accounts import Accounts
 from modelworks.assistant.database import Database
 from modelworks.assistant.gateway import AccountAccess, account_routes, administration_routes
 from modelworks.assistant.ledger import Ledger
+from modelworks.assistant.tables import UsageRow
 from modelworks.serve.access import OPEN_PATHS, SCOPES, scope_of
 from modelworks.serve.api import create_app
 from modelworks.serve.config import ServeConfig
@@ -380,6 +382,11 @@ def test_figures_are_kept_by_user_and_model(gateway: Gateway) -> None:
     assert gateway.call(root, "GET", "/v1/admin/usage").json()["data"][0]["completion_tokens"] == 8
 
 
+def _open_rows(gateway: Gateway) -> int:
+    with gateway.accounts.database.read() as session:
+        return session.scalar(select(func.count()).select_from(UsageRow).where(UsageRow.open)) or 0
+
+
 def test_many_disconnects_leave_no_place_taken(gateway: Gateway) -> None:
     gateway.stub.control(rate=20, tokens=1000)
     alice = gateway.user("alice", "parallel=1000")
@@ -399,6 +406,7 @@ def test_many_disconnects_leave_no_place_taken(gateway: Gateway) -> None:
     began = time.monotonic()
     wait_for(lambda: not gateway.stub.seen()["running"])
     assert time.monotonic() - began < 3
+    wait_for(lambda: not _open_rows(gateway))
     gateway.stub.control(rate=200, tokens=8)
     last = gateway.call(alice, "POST", "/v1/chat/completions", json={"model": "stub", "messages": HELLO})
     assert last.json()["usage"]["completion_tokens"] == 8

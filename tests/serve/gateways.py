@@ -24,7 +24,7 @@ HELLO = [{"role": "user", "content": "hello"}]
 
 def plain_client(**options: Any) -> httpx.Client:
     """A client for http; without certificates, which take longer to read than most tests."""
-    return httpx.Client(verify=False, timeout=30, **options)
+    return httpx.Client(verify=False, trust_env=False, timeout=30, **options)
 
 
 class Stub:

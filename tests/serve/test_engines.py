@@ -326,6 +326,22 @@ def test_the_engines_key_is_sent_to_it_and_shown_to_nobody(pair, tmp_path, monke
     assert "very-secret" not in str(error.value)
 
 
+def test_neither_a_redirect_nor_a_proxy_of_the_environment_leads_a_request_and_its_key_elsewhere(
+    pair, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setenv("STUB_KEY", "sk-very-secret")
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, pair[1].url.removesuffix("/v1"))
+    before = requests_of(pair[1])
+    with gateway(tmp_path, {"engines": {"a": {"key_env": "STUB_KEY"}}}, {"a": pair[0].url}) as client:
+        assert ask(client).usage.completion_tokens == 8
+        pair[0].control(fault="redirect", elsewhere=f"{pair[1].url}/chat/completions")
+        with pytest.raises(openai.InternalServerError):
+            ask(client)
+    assert requests_of(pair[1]) == before
+    assert pair[1].seen()["authorization"] != "Bearer sk-very-secret"
+
+
 def test_models_are_swapped_while_a_stream_runs_and_the_stream_loses_nothing(pair, tmp_path) -> None:
     pair[0].control(rate=40, tokens=40)
     file = tmp_path / "serve.toml"

@@ -8,7 +8,6 @@ which of its requests still run.
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +24,8 @@ from modelworks.spec.errors import InputError
 DAY_S = 86400.0
 BEAT_S = 15.0
 _DEAD_S = 4 * BEAT_S
+_AT_ONCE = 500
+"""Rows of one statement; SQLite takes no more than so many values."""
 _LEAST_ANSWER = 16
 """Tokens below which what is left of a day is not enough for an answer."""
 
@@ -43,7 +44,7 @@ class Ledger:
     def __init__(self, database: Database, clock: Callable[[], float] = time.time) -> None:
         self._database = database
         self._clock = clock
-        self.server = secrets.token_hex(8)
+        self._running: set[int] = set()
 
     def admit(self, principal: Principal, wanted: Wanted) -> Grant:
         """Set aside what a request may use; see `serve.access.Access.admit`."""
@@ -69,7 +70,6 @@ class Ledger:
                 model=wanted.model,
                 answers=wanted.answers,
                 open=True,
-                server=self.server,
                 alive=now,
                 reserved_tokens=wanted.prompt_tokens + answer * wanted.answers,
                 prompt_tokens=0,
@@ -81,7 +81,9 @@ class Ledger:
             )
             session.add(row)
             session.flush()
-            return Grant(row.id, answer)
+            grant = Grant(row.id, answer)
+        self._running.add(grant.id)
+        return grant
 
     def _check_parallel(self, session: Session, principal: Principal, alive: Any) -> None:
         most = principal.tier.parallel
@@ -133,14 +135,17 @@ class Ledger:
             "first_s": outcome.first_s,
             "seconds": outcome.seconds,
         }
+        self._running.discard(grant.id)  # first: a row that can't be written holds nothing back for long
         with self._database.write() as session:
             session.execute(update(UsageRow).where(UsageRow.id == grant.id).values(**used))
 
     def beat(self) -> None:
         """Say that this process still runs its requests."""
-        mine = update(UsageRow).where(UsageRow.server == self.server, UsageRow.open)
+        mine = sorted(self._running)
         with self._database.write() as session:
-            session.execute(mine.values(alive=self._clock()))
+            for start in range(0, len(mine), _AT_ONCE):
+                here = UsageRow.id.in_(mine[start : start + _AT_ONCE])
+                session.execute(update(UsageRow).where(here, UsageRow.open).values(alive=self._clock()))
 
     def standing(self, principal: Principal) -> dict[str, Any]:
         """What a user has used of the tier's limits."""

@@ -136,7 +136,6 @@ class UsageRow(Base):
     __tablename__ = "usage"
     __table_args__ = (
         Index("ix_usage_user_at", "user_id", "at"),
-        Index("ix_usage_open", "server", "open"),
         {"sqlite_autoincrement": True},
     )
 
@@ -150,10 +149,8 @@ class UsageRow(Base):
     model: Mapped[str] = mapped_column(Text)
     answers: Mapped[int] = mapped_column(Integer)
     open: Mapped[bool] = mapped_column(Boolean)
-    server: Mapped[str] = mapped_column(String(32))
-    """The process that runs it."""
     alive: Mapped[float] = mapped_column(Float)
-    """When that process last said that it still runs."""
+    """When the process that runs it last said so."""
     reserved_tokens: Mapped[int] = mapped_column(Integer)
     prompt_tokens: Mapped[int] = mapped_column(Integer)
     cached_tokens: Mapped[int] = mapped_column(Integer)

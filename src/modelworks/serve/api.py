@@ -177,7 +177,7 @@ async def _noted(visit: Visit) -> AsyncIterator[None]:
     try:
         yield
         visit.status = 200
-    except (RequestError, OperationError) as error:
+    except Exception as error:
         visit.status = _status(error)
         raise
 

@@ -9,17 +9,18 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
 from starlette.requests import Request
 
-from modelworks.serve.access import Access, Outcome, Principal, Wanted, address_of, principal_of
+from modelworks.serve.access import Access, Grant, Outcome, Principal, Wanted, address_of, principal_of
 from modelworks.serve.engine import ModelCard
 from modelworks.serve.errors import RequestError
 from modelworks.serve.fairness import FairQueue
 from modelworks.serve.metrics import Metrics
 from modelworks.serve.requests import ChatRequest, CompletionRequest, EmbeddingRequest
+from modelworks.spec.errors import InputError, OperationError
 
 BYTES_PER_TOKEN = 4
 """Of a prompt in UTF-8, about: what English has."""
@@ -61,6 +62,7 @@ class Gate:
         self._metrics = metrics
         self._access = access
         self._queue = queue
+        self._giving_back: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
     async def visit(self, request: Request, asked: Asked, card: ModelCard, endpoint: str) -> AsyncIterator[Visit]:
@@ -80,7 +82,7 @@ class Gate:
             grant = None
             if principal is not None and self._access is not None:
                 _check(principal, asked, card, wanted)
-                grant = await self._access.admit(principal, wanted)
+                grant = await self._admitted(self._access, principal, wanted)
                 visit.answer_tokens = grant.answer_tokens
             try:
                 async with self._place(request, principal, wanted, visit):
@@ -93,6 +95,16 @@ class Gate:
             raise
         finally:
             self._note(visit, _total(visit, None, began))
+
+    async def _admitted(self, access: Access, principal: Principal, wanted: Wanted) -> Grant:
+        """What is set aside; if the client leaves while it is, it is given back."""
+        admitting = asyncio.ensure_future(access.admit(principal, wanted))
+        try:
+            return await asyncio.shield(admitting)
+        except asyncio.CancelledError:
+            self._giving_back.add(task := asyncio.create_task(_give_back(access, admitting)))
+            task.add_done_callback(self._giving_back.discard)
+            raise
 
     @asynccontextmanager
     async def _place(
@@ -132,6 +144,11 @@ class Gate:
                 }
             },
         )
+
+
+async def _give_back(access: Access, admitting: asyncio.Future[Grant]) -> None:
+    with suppress(InputError, OperationError):
+        await access.settle(await admitting, Outcome(status=_CLIENT_GONE))
 
 
 def _wanted(asked: Asked, card: ModelCard, endpoint: str) -> Wanted:

@@ -67,7 +67,6 @@ def upgrade() -> None:
         sa.Column("model", sa.Text(), nullable=False),
         sa.Column("answers", sa.Integer(), nullable=False),
         sa.Column("open", sa.Boolean(), nullable=False),
-        sa.Column("server", sa.String(32), nullable=False),
         sa.Column("alive", sa.Float(), nullable=False),
         sa.Column("reserved_tokens", sa.Integer(), nullable=False),
         sa.Column("prompt_tokens", sa.Integer(), nullable=False),
@@ -81,7 +80,6 @@ def upgrade() -> None:
         sqlite_autoincrement=True,
     )
     op.create_index("ix_usage_user_at", "usage", ["user_id", "at"])
-    op.create_index("ix_usage_open", "usage", ["server", "open"])
     op.create_table(
         "attempts",
         sa.Column("subject", sa.String(160), nullable=False),
