@@ -31,7 +31,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import psutil
 
-_STUB = Path(__file__).with_name("stub_engine.py")
+_STUB = Path(__file__).parents[1] / "tests" / "serve" / "stub_engine.py"
 _TOKEN = re.compile(rb'"content": ?"(\d+)@(\d+) "')
 _WARM_UP_S = 3.0
 

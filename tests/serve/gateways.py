@@ -18,7 +18,7 @@ import openai
 import uvicorn
 from fastapi import FastAPI
 
-STUB = Path(__file__).parents[2] / "benchmarks" / "stub_engine.py"
+STUB = Path(__file__).with_name("stub_engine.py")
 HELLO = [{"role": "user", "content": "hello"}]
 
 
@@ -28,7 +28,7 @@ def plain_client(**options: Any) -> httpx.Client:
 
 
 class Stub:
-    """One stub engine; see `benchmarks/stub_engine.py` for what it can be told to do."""
+    """One stub engine; see `tests/serve/stub_engine.py` for what it can be told to do."""
 
     def __init__(self, *models: str, port: int = 0) -> None:
         command = [sys.executable, str(STUB), "--rate", "200", "--tokens", "8", "--port", str(port)]

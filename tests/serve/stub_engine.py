@@ -4,7 +4,7 @@ Each token says when it was sent (``time.monotonic_ns``, one clock for all proce
 that whoever receives it knows its delay and whether one is missing. It also fails on demand, for tests:
 ``POST /control`` takes what it shall do from now on, ``GET /seen`` tells what has happened.
 
-    python benchmarks/stub_engine.py [--port 0] [--rate 50] [--tokens 32] [--model stub]
+    python tests/serve/stub_engine.py [--port 0] [--rate 50] [--tokens 32] [--model stub]
 
 Faults: ``none``, ``refuse`` (500), ``redirect`` (302 to ``elsewhere``), ``busy`` (429), ``silent`` (never answers),
 ``die`` (hangs up at once), ``break`` (hangs up after three tokens), ``stall`` (says nothing after three tokens),
