@@ -64,7 +64,7 @@ def serve(
     with listener:
         engine = LlamaCppEngine(store, settings)
         app = create_app(engine, store, preload=model, hosts=hosts, access=access, routers=routers)
-        _run(app, listener, model)
+        _run(app, listener, model, access is not None)
 
 
 def gateway(
@@ -103,7 +103,7 @@ def gateway(
         admin = [admin_routes(router, reload)] if access is not None else []
         app = create_app(router, store, hosts=hosts, access=access, queue=queue, routers=[*admin, *routers])
         _on_hangup(app, reload)
-        _run(app, listener, ", ".join(config.engines))
+        _run(app, listener, ", ".join(config.engines), access is not None)
 
 
 def admin_routes(router: Router, reload: Callable[[], Awaitable[ServeConfig]]) -> APIRouter:
@@ -171,9 +171,10 @@ def _on_hangup(app: FastAPI, reload: Callable[[], Awaitable[object]]) -> None:
     app.router.lifespan_context = lifespan
 
 
-def _run(app: FastAPI, listener: socket.socket, what: str) -> None:
+def _run(app: FastAPI, listener: socket.socket, what: str, keys: bool) -> None:
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
-    print(f"{what} on http://{shown}:{port}/v1 (Ctrl-C ends it)", flush=True)
+    needed = "; a key is needed" if keys else ""
+    print(f"{what} on http://{shown}:{port}/v1 (Ctrl-C ends it{needed})", flush=True)
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=5)
     uvicorn.Server(config).run([listener])
