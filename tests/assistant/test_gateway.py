@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from sqlalchemy import func, select
+from sqlalchemy import func, select, text
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "serve"))
 from gateways import HELLO, Stub, client_of, numbers_of, plain_client, serving, text_of, wait_for
@@ -51,6 +51,7 @@ class Gateway:
     stub: Stub
     schema: dict[str, Any]
     client: httpx.Client
+    queue: FairQueue
 
     def user(self, name: str, *limits: str, **options: Any) -> str:
         """A user with a tier of its own, and the user's key."""
@@ -92,7 +93,7 @@ def gateway(stub: Stub, tmp_path: Path) -> Iterator[Gateway]:
     queue = FairQueue(router.capacity)
     app = create_app(router, Store(tmp_path / "models"), access=access, queue=queue, routers=routers)
     with serving(app) as address, plain_client() as client:
-        yield Gateway(address, access.accounts, access.ledger, stub, app.openapi(), client)
+        yield Gateway(address, access.accounts, access.ledger, stub, app.openapi(), client, queue)
     database.close()
 
 
@@ -306,6 +307,44 @@ def test_a_user_with_little_is_served_while_another_floods(gateway: Gateway) -> 
     assert max(index for index, name in enumerate(ended) if name == "small") < 40
 
 
+def test_who_is_refused_because_there_is_too_much_to_do_has_used_no_message(gateway: Gateway) -> None:
+    gateway.stub.control(rate=1)
+    gateway.queue.change(0, 1.0)
+    alice, bob = gateway.user("alice"), gateway.user("bob", "messages=1")
+    streams = [
+        client_of(gateway.address, alice).chat.completions.create(model="stub", messages=HELLO, stream=True)
+        for _ in range(8)
+    ]
+    for _ in range(3):
+        answer = gateway.call(bob, "POST", "/v1/chat/completions", json={"model": "stub", "messages": HELLO})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (429, "overloaded")
+    for stream in streams:
+        stream.close()
+    gateway.stub.control(rate=200)
+    wait_for(lambda: not gateway.stub.seen()["running"])
+    assert (
+        client_of(gateway.address, bob).chat.completions.create(model="stub", messages=HELLO).usage.total_tokens == 13
+    )
+
+
+def test_a_database_that_fails_spoils_no_answer_that_runs_and_lets_nobody_in(gateway: Gateway) -> None:
+    gateway.stub.control(rate=20)
+    alice = gateway.user("alice")
+    stream = iter(client_of(gateway.address, alice).chat.completions.create(model="stub", messages=HELLO, stream=True))
+    first = next(stream)
+    with gateway.accounts.database.engine.begin() as connection:
+        connection.execute(text("DROP TABLE usage"))
+        connection.execute(text("DROP TABLE keys"))
+    assert numbers_of(text_of([first, *stream])) == list(range(8))
+    for method, path in (("GET", "/v1/models"), ("POST", "/v1/account/login")):
+        body = {"json": {"user": "nobody", "password": PASSWORD}} if method == "POST" else {}
+        with gateway.accounts.database.engine.begin() as connection:
+            connection.execute(text("DROP TABLE IF EXISTS attempts"))
+        answer = gateway.call(alice, method, path, **body)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")
+        assert "modelworks.db" not in answer.text
+
+
 def test_guessing_a_password_is_slowed_and_another_address_is_not(gateway: Gateway) -> None:
     gateway.user("alice", password=PASSWORD)
 
@@ -356,8 +395,8 @@ def test_no_log_line_and_no_refusal_holds_a_key_a_password_or_what_was_said(
     lines = [JsonLines().format(record) for record in caplog.records if record.name.startswith("modelworks")]
     noted = [json.loads(line) for line in lines if json.loads(line)["message"] == "request"]
     assert (noted[0]["user"], noted[0]["status"], noted[0]["completion_tokens"]) == ("alice", 200, 8)
-    for text in [*lines, *(answer.text for answer in refusals), gateway.call(None, "GET", "/health").text]:
-        assert not [secret for secret in secrets if secret in text]
+    for written in [*lines, *(answer.text for answer in refusals), gateway.call(None, "GET", "/health").text]:
+        assert not [secret for secret in secrets if secret in written]
 
 
 def test_an_error_of_ours_is_logged_by_its_place_and_not_by_its_words() -> None:

@@ -25,6 +25,7 @@ from modelworks.serve.api import create_app
 from modelworks.serve.config import ServeConfig, load_config
 from modelworks.serve.events import Events
 from modelworks.serve.fairness import FairQueue
+from modelworks.serve.llamacpp import EngineSettings, LlamaCppEngine
 from modelworks.serve.routing import Router
 from modelworks.serve.store import Store
 from modelworks.spec.errors import InputError
@@ -192,7 +193,7 @@ def test_when_all_engines_are_down_it_is_said_without_their_addresses(pair, tmp_
         with pytest.raises(openai.InternalServerError) as error:
             ask(client)
     assert error.value.status_code == 503
-    assert error.value.code == "engine_unavailable"
+    assert error.value.code == "unavailable"
     assert "127.0.0.1" not in str(error.value)
     assert "secret" not in str(error.value)
 
@@ -252,6 +253,21 @@ def test_a_fallback_answers_under_its_own_name(pair, tmp_path) -> None:
         assert ask(client, model="big").model == "big"
         pair[0].control(fault="refuse")
         assert ask(client, model="big").model == "small"
+
+
+def test_an_embedded_engine_that_cannot_load_its_model_gives_way_to_the_fallback(pair, gguf, tmp_path) -> None:
+    store, copy = Store(tmp_path / "models"), tmp_path / "copy.gguf"
+    content = gguf.read_bytes()
+    copy.write_bytes(content[:4096].replace(b"llama", b"xlama") + content[4096:])  # a kind that llama.cpp doesn't know
+    store.add("unknown", copy, source="test")
+    engines = {"here": {"embedded": True, "slots": 1, "context": 256}, "a": {"url": pair[0].url}}
+    config = validate(ServeConfig, {"engines": engines, "models": {"unknown": {"fallback": ["stub"]}}})
+    settings = EngineSettings(slots=1, threads=1, context=256)
+    router = Router(config, lambda _: LlamaCppEngine(store, settings))
+    with serving(create_app(router, store)) as address, client_of(address) as client:
+        assert {model.id for model in client.models.list()} == {"unknown", "stub"}
+        answer = ask(client, model="unknown")
+    assert (answer.model, answer.usage.completion_tokens) == ("stub", 8)
 
 
 def test_a_client_that_leaves_frees_the_engine_at_once(pair, tmp_path) -> None:
@@ -324,6 +340,16 @@ def test_the_engines_key_is_sent_to_it_and_shown_to_nobody(pair, tmp_path, monke
         with pytest.raises(openai.InternalServerError) as error:
             ask(client)
     assert "very-secret" not in str(error.value)
+
+
+def test_a_long_list_of_models_is_read_whole(tmp_path) -> None:
+    names = [f"model-{number:04}-{'x' * 60}" for number in range(1500)]
+    stub = Stub(*names)
+    try:
+        with gateway(tmp_path, {}, {"a": stub.url}) as client:
+            assert [model.id for model in client.models.list()] == names
+    finally:
+        stub.end()
 
 
 def test_neither_a_redirect_nor_a_proxy_of_the_environment_leads_a_request_and_its_key_elsewhere(

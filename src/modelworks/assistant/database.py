@@ -80,8 +80,11 @@ class Database:
     @contextmanager
     def read(self) -> Iterator[Session]:
         """A transaction that only reads."""
-        with Session(self._reading) as session:
-            yield session
+        try:
+            with Session(self._reading) as session:
+                yield session
+        except OperationalError as error:
+            raise OperationError(f"the database {self.shown} could not be read: {_one_line(error.orig)}") from error
 
     def close(self) -> None:
         """Let go of the database."""

@@ -19,7 +19,7 @@ from modelworks.assistant.accounts import Accounts, Key
 from modelworks.assistant.database import Database, default_database
 from modelworks.assistant.ledger import BEAT_S, Ledger
 from modelworks.serve.access import SCOPES, Grant, Outcome, Principal, Wanted, address_of, principal_of
-from modelworks.serve.errors import RequestError
+from modelworks.serve.errors import RequestError, UnavailableError
 from modelworks.spec.errors import InputError, OperationError
 
 _LOG = logging.getLogger("modelworks.accounts")
@@ -54,22 +54,24 @@ class AccountAccess:
         while True:
             await asyncio.sleep(BEAT_S)
             try:
-                await asyncio.to_thread(self.ledger.beat)
-                await asyncio.to_thread(self.accounts.lockout.forget)
-            except OperationError as error:  # a database that is away for a while
-                _LOG.error("%s", error)
+                await _in_thread(self.ledger.beat)
+                await _in_thread(self.accounts.lockout.forget)
+            except UnavailableError:
+                continue  # a database that is away for a while
 
     async def authenticate(self, key: str, address: str) -> Principal:
         """Whose key it is."""
-        return await asyncio.to_thread(self.accounts.recognise, key, address)
+        principal: Principal = await _in_thread(self.accounts.recognise, key, address)
+        return principal
 
     async def admit(self, principal: Principal, wanted: Wanted) -> Grant:
         """Set aside what a request may use."""
-        return await asyncio.to_thread(self.ledger.admit, principal, wanted)
+        grant: Grant = await _in_thread(self.ledger.admit, principal, wanted)
+        return grant
 
     async def settle(self, grant: Grant, outcome: Outcome) -> None:
         """Put down what it has used."""
-        await asyncio.to_thread(self.ledger.settle, grant, outcome)
+        await _in_thread(self.ledger.settle, grant, outcome)
 
 
 def access_if_wanted() -> AccountAccess | None:
@@ -139,14 +141,14 @@ def account_routes(access: AccountAccess) -> APIRouter:
     @routes.post("/login")
     async def login(request: Request, given: Annotated[SignIn, Body()]) -> dict[str, Any]:
         """Get a key for twelve hours, for a name and a password."""
-        key, whole = await asyncio.to_thread(accounts.sign_in, given.user, given.password, address_of(request))
+        key, whole = await _in_thread(accounts.sign_in, given.user, given.password, address_of(request))
         return described(key) | {"key": whole}
 
     @routes.get("")
     async def account(request: Request) -> dict[str, Any]:
         """The account, its tier, and what is used of it."""
         who = _who(request)
-        used = await asyncio.to_thread(access.ledger.standing, who)
+        used = await _in_thread(access.ledger.standing, who)
         return {"user": who.user, "team": who.team, "tier": who.tier.model_dump(), "used": used}
 
     @routes.get("/usage")
@@ -157,7 +159,7 @@ def account_routes(access: AccountAccess) -> APIRouter:
     @routes.get("/keys")
     async def keys(request: Request) -> dict[str, Any]:
         """The account's keys."""
-        return {"data": [described(key) for key in await asyncio.to_thread(accounts.keys, _who(request).user)]}
+        return {"data": [described(key) for key in await _in_thread(accounts.keys, _who(request).user)]}
 
     @routes.post("/keys")
     async def create_key(request: Request, given: Annotated[NewKey, Body()]) -> dict[str, Any]:
@@ -177,7 +179,7 @@ def account_routes(access: AccountAccess) -> APIRouter:
     @routes.get("/keys/{key_id}")
     async def key(request: Request, key_id: str) -> dict[str, Any]:
         """One of the account's keys."""
-        return described(await asyncio.to_thread(accounts.key_of, _who(request).user_id, key_id))
+        return described(await _in_thread(accounts.key_of, _who(request).user_id, key_id))
 
     @routes.delete("/keys/{key_id}")
     async def revoke_key(request: Request, key_id: str) -> dict[str, Any]:
@@ -187,13 +189,13 @@ def account_routes(access: AccountAccess) -> APIRouter:
         def revoke() -> Key:
             return accounts.revoke_key(key_id, user_id=who.user_id, actor=who.user)
 
-        return described(await asyncio.to_thread(revoke))
+        return described(await _in_thread(revoke))
 
     @routes.put("/password")
     async def password(request: Request, given: Annotated[NewPassword, Body()]) -> dict[str, Any]:
         """Change the password; all sign-ins end."""
         who = _who(request)
-        await asyncio.to_thread(accounts.check_password, who.user, given.current, address_of(request))
+        await _in_thread(accounts.check_password, who.user, given.current, address_of(request))
         await _asked(accounts.set_password, who.user, given.new, who.user)
         return {"changed": True}
 
@@ -207,7 +209,7 @@ def administration_routes(access: AccountAccess) -> APIRouter:
     @routes.get("/users")
     async def users() -> dict[str, Any]:
         """All users."""
-        return {"data": [vars(user) for user in await asyncio.to_thread(accounts.users)]}
+        return {"data": [vars(user) for user in await _in_thread(accounts.users)]}
 
     @routes.get("/usage")
     async def usage(days: float = 30.0) -> dict[str, Any]:
@@ -217,7 +219,7 @@ def administration_routes(access: AccountAccess) -> APIRouter:
     @routes.get("/audit")
     async def audit() -> dict[str, Any]:
         """What was done to accounts."""
-        return {"data": await asyncio.to_thread(accounts.audit)}
+        return {"data": await _in_thread(accounts.audit)}
 
     return routes
 
@@ -231,11 +233,20 @@ def described(key: Key) -> dict[str, Any]:
 async def _asked(work: Callable[..., Any], *arguments: Any) -> Any:
     """Work in a thread; what can't be used is the request's fault."""
     try:
-        return await asyncio.to_thread(work, *arguments)
+        return await _in_thread(work, *arguments)
     except RequestError:
         raise
     except InputError as error:
         raise RequestError(str(error), code="invalid_value") from None
+
+
+async def _in_thread(work: Callable[..., Any], *arguments: Any) -> Any:
+    """Work in a thread. What is wrong with the database is the log's; who asks learns that it is away."""
+    try:
+        return await asyncio.to_thread(work, *arguments)
+    except OperationError as error:
+        _LOG.error("%s", error)
+        raise UnavailableError("the accounts can't be reached now") from None
 
 
 def _who(request: Request) -> Principal:

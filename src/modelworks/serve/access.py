@@ -17,6 +17,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from modelworks.serve.errors import RequestError
+from modelworks.spec.errors import OperationError
 from modelworks.spec.fields import Count, Duration, PositiveFloat, PositiveInt, Section
 
 SCOPES = ("generate", "embed", "models", "account", "admin")
@@ -164,7 +165,7 @@ class KeysOnly:
     """
 
     def __init__(
-        self, app: ASGIApp, access: Access, refuse: Callable[[RequestError], Callable[..., Awaitable[None]]]
+        self, app: ASGIApp, access: Access, refuse: Callable[[Exception], Callable[..., Awaitable[None]]]
     ) -> None:
         self._app = app
         self._access = access
@@ -178,7 +179,7 @@ class KeysOnly:
         if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
             try:
                 scope.setdefault("state", {})["principal"] = await self._principal(Request(scope))
-            except RequestError as error:
+            except (RequestError, OperationError) as error:
                 await self._refuse(error)(scope, receive, send)
                 return
         await self._app(scope, receive, send)

@@ -277,7 +277,7 @@ def error_body(error: Exception) -> dict[str, Any]:
         kind = _KINDS.get(error.status, "invalid_request_error")
         code, param = error.code, error.param
     elif isinstance(error, UnavailableError):
-        code = "engine_unavailable"
+        code = "unavailable"
     return {"error": {"message": str(error), "type": kind, "param": param, "code": code}}
 
 

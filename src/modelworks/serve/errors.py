@@ -51,12 +51,12 @@ class UnknownModelError(RequestError):
 
 
 class UnavailableError(OperationError):
-    """An engine that did not begin to answer: another one, or the same one later, may (503).
+    """Something behind the gateway, mostly an engine, that did not begin to answer: another, or it later, may (503).
 
     Parameters
     ----------
     message : str
-        One sentence; it names the engine and never its address or key.
+        One sentence; it names the engine, and never its address or key.
     busy_s : float, optional
         If it refused because it has too much to do: the seconds after which it wants to be asked again.
     """

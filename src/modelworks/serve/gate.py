@@ -87,9 +87,12 @@ class Gate:
             try:
                 async with self._place(request, principal, wanted, visit):
                     yield visit
+            except RequestError as error:
+                visit.status = error.status
+                raise
             finally:
                 if grant is not None and self._access is not None:
-                    await asyncio.shield(self._access.settle(grant, _total(visit, wanted, began)))
+                    await asyncio.shield(_settle(self._access, grant, _total(visit, wanted, began)))
         except RequestError as error:
             visit.status = error.status
             raise
@@ -144,6 +147,12 @@ class Gate:
                 }
             },
         )
+
+
+async def _settle(access: Access, grant: Grant, outcome: Outcome) -> None:
+    """Put down what was used. The answer has been sent by then: what goes wrong here is said in `access`'s log."""
+    with suppress(OperationError):
+        await access.settle(grant, outcome)
 
 
 async def _give_back(access: Access, admitting: asyncio.Future[Grant]) -> None:

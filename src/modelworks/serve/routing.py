@@ -396,6 +396,11 @@ async def _open(target: Target, endpoint: Endpoint, body: dict[str, Any]) -> tup
         begun = True
     except StopAsyncIteration:
         raise UnavailableError(f"the engine {target.member.name} said nothing") from None
+    except UnavailableError:
+        raise
+    except OperationError as error:
+        _LOG.warning("%s", error)  # it may name files, which are no business of the client
+        raise UnavailableError(f"the engine {target.member.name} could not begin to answer") from None
     finally:
         if not begun:
             await batches.aclose()

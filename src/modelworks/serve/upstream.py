@@ -29,6 +29,7 @@ _PATHS = {"chat": "/chat/completions", "completions": "/completions"}
 _UNKNOWN_CONTEXT = 8192
 _LONGEST_REASON = 500
 _LONGEST_LIST = 4 << 20
+_LONGEST_REFUSAL = 1 << 16
 _OUR_FAULT = {401, 402, 403, 404, 405, 407, 408, 409, 421, 425}
 """Refusals that say something of the gateway's configuration or of the moment, not of the request."""
 
@@ -81,7 +82,7 @@ class UpstreamEngine(Engine):
             async with self._open().get(self._url + "/models", timeout=timeout, allow_redirects=False) as answer:
                 if answer.status != 200:
                     raise UnavailableError(f"the engine {self.name} answers {answer.status} when asked for its models")
-                content = await answer.content.read(_LONGEST_LIST)
+                content = await _read(answer, _LONGEST_LIST)
             listed = {str(item["id"]): item for item in orjson.loads(content)["data"]}
         except (aiohttp.ClientError, TimeoutError) as error:
             raise UnavailableError(f"the engine {self.name} can't be reached: {_reason(error)}") from None
@@ -184,7 +185,7 @@ class UpstreamEngine(Engine):
         if answer.status == 200:
             return answer
         try:
-            refusal = await answer.content.read(1 << 16)
+            refusal = await _read(answer, _LONGEST_REFUSAL)
         finally:
             answer.close()
         raise self._refusal(answer.status, refusal, answer.headers.get("Retry-After"))
@@ -214,6 +215,16 @@ class UpstreamEngine(Engine):
         if isinstance(error, aiohttp.ClientConnectorError | TimeoutError):
             return UnavailableError(f"the engine {self.name} can't be reached: {_reason(error)}")
         return UnavailableError(f"the engine {self.name} broke off before its answer began")
+
+
+async def _read(answer: aiohttp.ClientResponse, limit: int) -> bytes:
+    """The body, or its beginning if it is longer than the limit."""
+    content = b""
+    async for block in answer.content.iter_any():
+        content += block
+        if len(content) > limit:
+            break
+    return content[:limit]
 
 
 def _next(events: Events, block: bytes) -> list[str]:
