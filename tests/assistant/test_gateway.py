@@ -148,6 +148,7 @@ def test_another_user_reads_and_changes_nothing_on_any_route(gateway: Gateway) -
     alice, bob = gateway.user("alice", password=PASSWORD, team="alices-team"), gateway.user("bob", password=PASSWORD)
     assert gateway.call(alice, "POST", "/v1/account/keys", json={"name": "alices-key"}).status_code == 200
     client_of(gateway.address, alice).chat.completions.create(model="stub", messages=HELLO)
+    wait_for(lambda: not _open_rows(gateway))
     keys = gateway.accounts.keys("alice")
     hers = [gateway.accounts.user("alice").id, "alices-key", "alices-team", *(key.id for key in keys)]
     before = _state(gateway, alice)
@@ -250,7 +251,8 @@ def test_an_answer_is_no_longer_than_the_tier_and_the_day_allow(gateway: Gateway
     for asked in ({}, {"max_tokens": 1000}, {"max_completion_tokens": 7}):
         answer = client.chat.completions.create(model="stub", messages=HELLO, **asked)
         assert answer.usage.completion_tokens == 6
-    used = wait_for(lambda: gateway.ledger.usage() and gateway.call(alice, "GET", "/v1/account").json()["used"])
+    wait_for(lambda: not _open_rows(gateway))
+    used = gateway.call(alice, "GET", "/v1/account").json()["used"]
     assert used == {"messages": 3, "tokens_today": 3 * (5 + 6)}
     answer = client.completions.create(model="stub", prompt=["a", "b"], n=2, max_tokens=3)
     assert answer.usage.completion_tokens == 12
@@ -412,12 +414,14 @@ def test_an_error_of_ours_is_logged_by_its_place_and_not_by_its_words() -> None:
 def test_figures_are_kept_by_user_and_model(gateway: Gateway) -> None:
     root, alice = gateway.user("root", scopes=["admin"], admin=True), gateway.user("alice")
     client_of(gateway.address, alice).chat.completions.create(model="stub", messages=HELLO)
+    wait_for(lambda: not _open_rows(gateway))
     page = gateway.call(root, "GET", "/metrics").text
     assert 'modelworks_tenant_requests_total{model="stub",status="200",user="alice"} 1.0' in page
     assert 'modelworks_tenant_tokens_total{kind="completion",model="stub",user="alice"} 8.0' in page
     engines = gateway.call(root, "GET", "/v1/admin/engines").json()["data"]
     assert [(engine["name"], engine["well"]) for engine in engines] == [("a", True)]
     assert gateway.call(root, "POST", "/v1/admin/reload").json() == {"engines": ["a"]}
+    wait_for(lambda: not _open_rows(gateway))
     assert gateway.call(root, "GET", "/v1/admin/usage").json()["data"][0]["completion_tokens"] == 8
 
 
