@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 
 from modelworks import __version__
+from modelworks.account_command import backup, keys_app, restore, tiers_app, usage, users_app
 from modelworks.spec.errors import InputError, OperationError
 
 if TYPE_CHECKING:
@@ -37,6 +38,9 @@ spec_app = typer.Typer(help="Show specs and the catalog's facts.", no_args_is_he
 app.add_typer(runs_app, name="runs")
 app.add_typer(models_app, name="models")
 app.add_typer(import_app, name="import")
+app.add_typer(users_app, name="users")
+app.add_typer(keys_app, name="keys")
+app.add_typer(tiers_app, name="tiers")
 app.add_typer(spec_app, name="spec")
 console = Console()
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="A run's name, as `runs list` shows it.")]
@@ -735,17 +739,38 @@ def _serve(
     threads: Threads = None,
     context: ContextTokens = 4096,
     allow_host: HostNames = None,
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The engines behind it, as a TOML file; SIGHUP reads it again.")
+    ] = None,
+    log: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Write a JSON line per request here; - is standard error.")
+    ] = None,
 ) -> None:
-    """Serve the stored models over an OpenAI-compatible API; MODEL is loaded at once, others when asked for.
+    """Serve models over an OpenAI-compatible API: the stored ones, or with --config those of any engines.
+
+    MODEL is loaded at once, others when asked for; with --config the file says what is served, and MODEL is not used.
+    Once there are users (modelworks users add), a key is needed for everything.
 
     Example: [bold]modelworks serve smollm2-135m --port 8000[/bold]
-    """
-    from modelworks.serve.listen import serve
-    from modelworks.serve.llamacpp import EngineSettings
 
+    Example: [bold]modelworks serve --config serve.toml[/bold]
+    """
+    from modelworks.assistant.gateway import access_if_wanted, account_routes, administration_routes
+    from modelworks.serve.listen import gateway, serve
+    from modelworks.serve.llamacpp import EngineSettings
+    from modelworks.serve.log import log_to
+    from modelworks.serve.store import Store
+
+    if log is not None:
+        log_to(log)
+    access = access_if_wanted()
+    routers = [account_routes(access), administration_routes(access)] if access else []
+    if config is not None:
+        gateway(config, Store(), host=host, port=port, hosts=allow_host or [], access=access, routers=routers)
+        return
     store = _served(model)
     settings = EngineSettings(slots=slots, threads=threads, context=context)
-    serve(store, model, settings, host=host, port=port, hosts=allow_host or [])
+    serve(store, model, settings, host=host, port=port, hosts=allow_host or [], access=access, routers=routers)
 
 
 @app.command("chat")
@@ -777,6 +802,11 @@ def _chat(
         await converse(engine, model, system, messages, console)
 
     asyncio.run(talk())
+
+
+app.command("usage")(usage)
+app.command("backup")(backup)
+app.command("restore")(restore)
 
 
 # --- up ---------------------------------------------------------------------------------------------------------------

@@ -56,22 +56,22 @@ class Message:
 
 
 class ConversationStore:
-    """The conversations of one database file. Safe to use from several threads and processes.
+    """The conversations of one database. Safe to use from several threads and processes.
 
     Parameters
     ----------
-    path
-        The SQLite file; made if absent, its schema brought up to date.
+    where
+        The SQLite file or the address of a database; made if absent, its schema brought up to date.
     clock
         Gives the time in seconds since 1970.
     """
 
-    def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
-        self._database = Database(path)
+    def __init__(self, where: Path | str, clock: Callable[[], float] = time.time) -> None:
+        self._database = Database(where)
         self._clock = clock
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Let go of the database."""
         self._database.close()
 
     def conversations(self, containing: str = "") -> list[Conversation]:

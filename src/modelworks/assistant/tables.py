@@ -1,12 +1,15 @@
 """The database's tables, as SQLAlchemy maps them; `migrations/` makes them.
 
+Users have keys and belong to a tier and perhaps to a team. Each answered request is a row of `usage`: it is written
+before the engine is asked, with what is set aside, and completed at the end; limits are sums over these rows.
+
 A conversation's messages form a tree: each names its parent, so that an edited question or a second answer stands
 beside the first as its sibling and nothing is lost. `leaf_id` says which branch is shown.
 """
 
 from __future__ import annotations
 
-from sqlalchemy import CheckConstraint, Float, ForeignKey, Index, Integer, MetaData, String, Text
+from sqlalchemy import Boolean, CheckConstraint, Float, ForeignKey, Index, Integer, MetaData, String, Text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 STATES = ("complete", "writing", "stopped", "failed", "interrupted")
@@ -24,6 +27,7 @@ class Base(DeclarativeBase):
             "ck": "ck_%(table_name)s_%(constraint_name)s",
             "fk": "fk_%(table_name)s_%(column_0_name)s",
             "pk": "pk_%(table_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_name)s",
         }
     )
 
@@ -68,3 +72,113 @@ class MessageRow(Base):
     """What the reader should know: why it failed, or that older turns were left out."""
     created: Mapped[float] = mapped_column(Float)
     updated: Mapped[float] = mapped_column(Float)
+
+
+class TeamRow(Base):
+    """A team: whose users' use is reported together."""
+
+    __tablename__ = "teams"
+
+    id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    name: Mapped[str] = mapped_column(String(64), unique=True)
+    created: Mapped[float] = mapped_column(Float)
+
+
+class TierRow(Base):
+    """A tier that the operator made or changed."""
+
+    __tablename__ = "tiers"
+
+    name: Mapped[str] = mapped_column(String(32), primary_key=True)
+    limits: Mapped[str] = mapped_column(Text)
+    """Its limits as JSON."""
+
+
+class UserRow(Base):
+    """Somebody who may use the gateway."""
+
+    __tablename__ = "users"
+
+    id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    name: Mapped[str] = mapped_column(String(64), unique=True)
+    password: Mapped[str | None] = mapped_column(Text)
+    """Argon2's own form of salt, parameters and hash; none if the user has keys alone."""
+    tier: Mapped[str] = mapped_column(String(32))
+    team_id: Mapped[str | None] = mapped_column(ForeignKey("teams.id", ondelete="SET NULL"))
+    admin: Mapped[bool] = mapped_column(Boolean)
+    disabled: Mapped[bool] = mapped_column(Boolean)
+    created: Mapped[float] = mapped_column(Float)
+
+
+class KeyRow(Base):
+    """An API key, or a sign-in, which is a key that ends soon."""
+
+    __tablename__ = "keys"
+    __table_args__ = (Index("ix_keys_user_id", "user_id"),)
+
+    id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    """The part of the key that is shown."""
+    user_id: Mapped[str] = mapped_column(ForeignKey("users.id", ondelete="CASCADE"))
+    name: Mapped[str] = mapped_column(String(64))
+    hash: Mapped[str] = mapped_column(String(64))
+    """SHA-256 of the part that isn't: it is 256 random bits, which nobody guesses, so that a slow hash adds nothing."""
+    scopes: Mapped[str] = mapped_column(Text)
+    """Separated by spaces."""
+    created: Mapped[float] = mapped_column(Float)
+    expires: Mapped[float | None] = mapped_column(Float)
+    revoked: Mapped[float | None] = mapped_column(Float)
+    last_used: Mapped[float | None] = mapped_column(Float)
+
+
+class UsageRow(Base):
+    """One request: what was set aside for it while it runs, what it has used when it has ended."""
+
+    __tablename__ = "usage"
+    __table_args__ = (
+        Index("ix_usage_user_at", "user_id", "at"),
+        {"sqlite_autoincrement": True},
+    )
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=True)
+    at: Mapped[float] = mapped_column(Float)
+    user_id: Mapped[str] = mapped_column(ForeignKey("users.id", ondelete="CASCADE"))
+    team_id: Mapped[str | None] = mapped_column(String(32))
+    """The user's team at that time."""
+    key_id: Mapped[str] = mapped_column(String(32))
+    endpoint: Mapped[str] = mapped_column(String(32))
+    model: Mapped[str] = mapped_column(Text)
+    answers: Mapped[int] = mapped_column(Integer)
+    open: Mapped[bool] = mapped_column(Boolean)
+    alive: Mapped[float] = mapped_column(Float)
+    """When the process that runs it last said so."""
+    reserved_tokens: Mapped[int] = mapped_column(Integer)
+    prompt_tokens: Mapped[int] = mapped_column(Integer)
+    cached_tokens: Mapped[int] = mapped_column(Integer)
+    completion_tokens: Mapped[int] = mapped_column(Integer)
+    status: Mapped[int] = mapped_column(Integer)
+    first_s: Mapped[float | None] = mapped_column(Float)
+    seconds: Mapped[float] = mapped_column(Float)
+
+
+class AttemptRow(Base):
+    """Attempts to come in that have failed, by who tried or from where."""
+
+    __tablename__ = "attempts"
+
+    subject: Mapped[str] = mapped_column(String(160), primary_key=True)
+    failures: Mapped[int] = mapped_column(Integer)
+    last: Mapped[float] = mapped_column(Float)
+
+
+class AuditRow(Base):
+    """What was done to accounts, by whom. Nothing secret is in it."""
+
+    __tablename__ = "audit"
+    __table_args__ = ({"sqlite_autoincrement": True},)
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=True)
+    at: Mapped[float] = mapped_column(Float)
+    actor: Mapped[str] = mapped_column(String(64))
+    """A user's name, or ``command line``."""
+    action: Mapped[str] = mapped_column(String(64))
+    subject: Mapped[str] = mapped_column(Text)

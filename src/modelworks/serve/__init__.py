@@ -1,8 +1,10 @@
 """Serving: an OpenAI-compatible API and a chat in the terminal, over engines that answer.
 
 Three ideas. **A store** (`serve.store`) holds models that can be served, each whole or absent. **An engine**
-(`serve.engine`) turns a request into a stream of OpenAI chunks; `serve.llamacpp` is the one inside this process.
-**The API** (`serve.api`) checks what comes in, hands it to the engine, and passes the chunks on as they are.
+(`serve.engine`) turns a request into a stream of OpenAI chunks; `serve.llamacpp` is the one inside this process,
+`serve.upstream` one elsewhere, `serve.routing` many as one. **The API** (`serve.api`) checks what comes in, hands it to
+the engine, and passes the chunks on as they are. Who may ask, and who is next, is between the two: `serve.access`,
+`serve.gate`, `serve.fairness`.
 
 What other rooms use (import from the modules; this package itself is light)::
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from starlette.types import Send
 
+from modelworks.serve.access import Outcome
 from modelworks.serve.choices import Batches, Choice, legacy_logprobs, merged, total_usage, whole_answer
 from modelworks.serve.engine import Endpoint, Engine
 from modelworks.serve.metrics import Metrics
@@ -21,7 +22,7 @@ from modelworks.serve.requests import ChatRequest, CompletionRequest
 
 _DONE = b"data: [DONE]\n\n"
 _STREAM_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
-_USAGE_CHUNK = '{"choices":[],'
+_NO_CHOICES = ('"choices":[]', '"choices": []')
 
 
 @dataclass
@@ -35,15 +36,39 @@ class Answer:
     usage_wanted: bool
 
     @classmethod
-    def of(cls, asked: ChatRequest | CompletionRequest, engine: Engine, metrics: Metrics) -> Answer:
-        """The answer to a request; nothing runs before it is sent."""
+    def of(
+        cls,
+        asked: ChatRequest | CompletionRequest,
+        engine: Engine,
+        metrics: Metrics,
+        longest: int | None = None,
+        outcomes: list[Outcome] | None = None,
+    ) -> Answer:
+        """The answer to a request; nothing runs before it is sent.
+
+        Parameters
+        ----------
+        asked : ChatRequest or CompletionRequest
+            The request.
+        engine : Engine
+            Who answers.
+        metrics : Metrics
+            Who measures.
+        longest : int, optional
+            Tokens of each choice, at most, whatever the request says.
+        outcomes : list of Outcome, optional
+            Where what each choice has used is added.
+        """
         endpoint: Endpoint = "chat" if isinstance(asked, ChatRequest) else "completions"
         bodies: list[dict[str, Any]] = [asked.body()]
         if isinstance(asked, CompletionRequest):
             bodies = [bodies[0] | {"prompt": prompt} for prompt in asked.prompts()]
+        if longest is not None:
+            bodies = [body | {"max_tokens": min(body.get("max_tokens") or longest, longest)} for body in bodies]
         count = asked.n or 1
         bodies = [_nth(body, choice) for body in bodies for choice in range(count)]
-        streams = [metrics.measured(asked.model, engine.stream(endpoint, asked.model, body)) for body in bodies]
+        model = asked.model
+        streams = [metrics.measured(model, engine.stream(endpoint, model, body), outcomes) for body in bodies]
         echo = isinstance(asked, CompletionRequest) and asked.echo
         choices = [Choice(index, body["prompt"] if echo else "") for index, body in enumerate(bodies)]
         return cls(endpoint, streams, choices, bool(asked.stream), asked.usage_wanted)
@@ -76,7 +101,7 @@ class Answer:
     async def _passed_on(self) -> AsyncGenerator[bytes, None]:
         async with aclosing(self.streams[0]) as batches:
             async for batch in batches:
-                if batch[-1].startswith(_USAGE_CHUNK) and not self.usage_wanted:
+                if not self.usage_wanted and _is_usage(batch[-1]):
                     batch = batch[:-1]
                 if batch:
                     yield ("data: " + "\n\ndata: ".join(batch) + "\n\n").encode()
@@ -109,6 +134,11 @@ class Answer:
                 part["text"] = choice.text if first else part["text"]
             events.append(_event(head | {"choices": [part]}))
         return events
+
+
+def _is_usage(chunk: str) -> bool:
+    """Whether a chunk says nothing but the usage; a quote inside generated text is escaped and can't match."""
+    return '"usage":' in chunk and any(mark in chunk for mark in _NO_CHOICES)
 
 
 def _nth(body: dict[str, Any], choice: int) -> dict[str, Any]:

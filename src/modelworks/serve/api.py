@@ -10,28 +10,36 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import logging
+import math
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from modelworks import __version__
+from modelworks.serve.access import Access, KeysOnly, Outcome, principal_of
 from modelworks.serve.answer import Answer
 from modelworks.serve.engine import Engine, ModelCard
-from modelworks.serve.errors import RequestError
+from modelworks.serve.errors import RequestError, UnavailableError, UnknownModelError
+from modelworks.serve.fairness import FairQueue
+from modelworks.serve.gate import Gate, Visit
 from modelworks.serve.metrics import Metrics
 from modelworks.serve.origin import OwnOriginOnly
 from modelworks.serve.requests import ChatRequest, CompletionRequest, EmbeddingRequest, parse
 from modelworks.serve.store import Store
 from modelworks.spec.errors import OperationError
 
+_LOG = logging.getLogger("modelworks.api")
 _CLIENT_GONE = 499
 _BODY_LIMIT = 8 << 20
+_KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _DISCARDED = 8
 """How many times the limit is read and thrown away, so that a client that is still sending gets its answer."""
 
@@ -43,6 +51,9 @@ def create_app(
     body_limit: int = _BODY_LIMIT,
     preload: str | None = None,
     hosts: Collection[str] = (),
+    access: Access | None = None,
+    queue: FairQueue | None = None,
+    routers: Collection[APIRouter] = (),
 ) -> FastAPI:
     """The application: ``/v1/*``, ``/health`` and ``/metrics``; the rest of the paths is free for pages.
 
@@ -58,22 +69,38 @@ def create_app(
         A model to load before the first request is taken.
     hosts : collection of str
         Names that lead to this server beside its addresses, ``localhost`` and this machine's name.
+    access : Access, optional
+        Who keeps the accounts. Without it everything is open; with it nothing but `access.OPEN_PATHS` is.
+    queue : FairQueue, optional
+        Where requests wait for the engine; without it they wait in the engine.
+    routers : collection of APIRouter, optional
+        More routes under ``/v1``, such as those of the accounts.
     """
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await engine.start()
+        if access is not None:
+            await access.start()
         if preload:
             await engine.load(preload)
         yield
         await engine.close()
+        if access is not None:
+            await access.close()
 
     app = FastAPI(title="Modelworks", version=__version__, lifespan=lifespan, docs_url="/v1/docs", redoc_url=None)
+    if access is not None:
+        app.add_middleware(KeysOnly, access=access, refuse=_error_response)
     app.add_middleware(OwnOriginOnly, names=hosts)
     app.state.engine, app.state.store = engine, store
-    metrics = Metrics(engine)
-    _add_generation(app, engine, metrics, body_limit)
-    _add_embeddings(app, engine, metrics, body_limit)
+    metrics = Metrics(engine, queue)
+    gate = Gate(metrics, access, queue)
+    _add_generation(app, engine, metrics, gate, body_limit)
+    _add_embeddings(app, engine, metrics, gate, body_limit)
     _add_models(app, engine)
+    for router in routers:
+        app.include_router(router, prefix="/v1")
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -89,7 +116,7 @@ def create_app(
     return app
 
 
-def _add_generation(app: FastAPI, engine: Engine, metrics: Metrics, body_limit: int) -> None:
+def _add_generation(app: FastAPI, engine: Engine, metrics: Metrics, gate: Gate, body_limit: int) -> None:
     @app.post("/v1/chat/completions", openapi_extra=_documented(ChatRequest))
     async def chat_completions(request: Request) -> Response:
         """Answer a conversation."""
@@ -102,45 +129,75 @@ def _add_generation(app: FastAPI, engine: Engine, metrics: Metrics, body_limit: 
 
     async def answered(request: Request, endpoint: str, kind: type[ChatRequest] | type[CompletionRequest]) -> Response:
         model = "unknown"
-
         try:
             asked = parse(kind, await _body(request, body_limit))
-            model = (await engine.card(asked.model)).name
-            answer = Answer.of(asked, engine, metrics)
+            card = await engine.card(asked.model)
+            model = card.name
         except RequestError as error:
             metrics.count(endpoint, model, error.status)
             return _error_response(error)
-        return _Cancellable(answer.send, lambda status: metrics.count(endpoint, model, status))
+
+        async def answer(send: Send) -> None:
+            async with gate.visit(request, asked, card, endpoint) as visit, _noted(visit):
+                given = Answer.of(asked, engine, metrics, visit.answer_tokens, visit.outcomes)
+                await given.send(send)
+
+        return _Cancellable(answer, lambda status: metrics.count(endpoint, model, status))
 
 
-def _add_embeddings(app: FastAPI, engine: Engine, metrics: Metrics, body_limit: int) -> None:
+def _add_embeddings(app: FastAPI, engine: Engine, metrics: Metrics, gate: Gate, body_limit: int) -> None:
     @app.post("/v1/embeddings", openapi_extra=_documented(EmbeddingRequest))
     async def embeddings(request: Request) -> Response:
         """Turn texts into vectors of unit length."""
         model = "unknown"
         try:
             asked = parse(EmbeddingRequest, await _body(request, body_limit))
-            model = (await engine.card(asked.model)).name
-            vectors, tokens = await engine.embed(model, asked.input)
+            card = await engine.card(asked.model)
+            model = card.name
         except RequestError as error:
             metrics.count("embeddings", model, error.status)
             return _error_response(error)
-        metrics.count("embeddings", model, 200)
-        coded = [_base64(vector) for vector in vectors] if asked.encoding_format == "base64" else vectors
-        data = [{"object": "embedding", "index": index, "embedding": one} for index, one in enumerate(coded)]
-        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-        return JSONResponse({"object": "list", "model": model, "data": data, "usage": usage})
+
+        async def answer(send: Send) -> None:
+            async with gate.visit(request, asked, card, "embeddings") as visit, _noted(visit):
+                vectors, tokens = await engine.embed(model, asked.input)
+                visit.outcomes.append(Outcome(prompt_tokens=tokens))
+                coded = [_base64(vector) for vector in vectors] if asked.encoding_format == "base64" else vectors
+                data = [{"object": "embedding", "index": index, "embedding": one} for index, one in enumerate(coded)]
+                usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+                whole = JSONResponse({"object": "list", "model": model, "data": data, "usage": usage})
+                await whole(request.scope, request.receive, send)
+
+        return _Cancellable(answer, lambda status: metrics.count("embeddings", model, status))
+
+
+@asynccontextmanager
+async def _noted(visit: Visit) -> AsyncIterator[None]:
+    """What a request ended with, for those who keep account; one that is cut off keeps what it began with."""
+    try:
+        yield
+        visit.status = 200
+    except Exception as error:
+        visit.status = _status(error)
+        raise
 
 
 def _add_models(app: FastAPI, engine: Engine) -> None:
     @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        """What is served."""
-        return {"object": "list", "data": [_described(card) for card in await engine.models()]}
+    async def models(request: Request) -> dict[str, Any]:
+        """What is served, to whoever asks."""
+        principal = principal_of(request)
+        cards = [card for card in await engine.models() if principal is None or principal.tier.has(card.name)]
+        return {"object": "list", "data": [_described(card) for card in cards]}
 
-    @app.get("/v1/models/{name}")
-    async def model(name: str) -> dict[str, Any]:
+    @app.get("/v1/models/{name:path}")
+    async def model(request: Request, name: str) -> dict[str, Any]:
         """One model."""
+        principal = principal_of(request)
+        if principal is not None and not principal.tier.has(name):
+            raise UnknownModelError(
+                name, [card.name for card in await engine.models() if principal.tier.has(card.name)]
+            )
         return _described(await engine.card(name))
 
 
@@ -154,12 +211,22 @@ def _add_errors(app: FastAPI) -> None:
         assert isinstance(error, RequestError)
         return _error_response(error)
 
+    @app.exception_handler(RequestValidationError)
+    async def not_accepted(_: Request, error: Exception) -> Response:
+        # Without what was given: it may be a password.
+        assert isinstance(error, RequestValidationError)
+        first = error.errors()[0]
+        param = ".".join(str(part) for part in first["loc"][1:])
+        where = f"{param}: " if param else ""
+        return _error_response(RequestError(f"{where}{first['msg']}", code="invalid_value", param=param or None))
+
     @app.exception_handler(OperationError)
     async def failed(_: Request, error: Exception) -> Response:
         return _error_response(error)
 
     @app.exception_handler(Exception)
     async def broken(_: Request, error: Exception) -> Response:
+        _LOG.error("an error of ours", exc_info=error)
         return _error_response(OperationError(f"an error of ours: {type(error).__name__}; the server's log has it"))
 
     @app.exception_handler(HTTPException)
@@ -205,22 +272,27 @@ async def _body(request: Request, limit: int) -> bytes:
 
 def error_body(error: Exception) -> dict[str, Any]:
     """An error in OpenAI's shape."""
-    given = isinstance(error, RequestError)
-    return {
-        "error": {
-            "message": str(error),
-            "type": "invalid_request_error" if given else "server_error",
-            "param": error.param if isinstance(error, RequestError) else None,
-            "code": error.code if isinstance(error, RequestError) else None,
-        }
-    }
+    kind, code, param = "server_error", None, None
+    if isinstance(error, RequestError):
+        kind = _KINDS.get(error.status, "invalid_request_error")
+        code, param = error.code, error.param
+    elif isinstance(error, UnavailableError):
+        code = "unavailable"
+    return {"error": {"message": str(error), "type": kind, "param": param, "code": code}}
 
 
 def _error_response(error: Exception) -> Response:
-    return JSONResponse(error_body(error), _status(error))
+    headers = {}
+    if isinstance(error, RequestError) and error.retry_after_s is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+    if isinstance(error, RequestError) and error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(error_body(error), _status(error), headers)
 
 
 def _status(error: Exception) -> int:
+    if isinstance(error, UnavailableError):
+        return 503
     return error.status if isinstance(error, RequestError) else 500
 
 

@@ -30,6 +30,8 @@ class ModelCard:
     license: str
     tools: bool = False
     """Whether its own chat template describes tools."""
+    images: bool = False
+    """Whether its messages may hold images."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,13 @@ class Engine(ABC):
     @abstractmethod
     async def embed(self, model: str, texts: list[str]) -> tuple[list[list[float]], int]:
         """One vector of unit length per text, and the number of tokens read."""
+
+    def capacity(self, model: str) -> int | None:
+        """Requests that a model is given at once; None if the engine lets all wait in a queue of its own."""
+        return None
+
+    async def start(self) -> None:  # noqa: B027 (an engine inside this process has nothing to do)
+        """Begin whatever goes on beside the answers, such as checks; called before the first request."""
 
     async def load(self, model: str) -> None:  # noqa: B027 (an engine whose models are always ready has nothing to do)
         """Make a model ready, so that the first answer doesn't wait for it."""

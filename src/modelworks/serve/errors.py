@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from modelworks.spec.errors import InputError
+from modelworks.spec.errors import InputError, OperationError
 
 
 class RequestError(InputError):
@@ -18,13 +18,24 @@ class RequestError(InputError):
         OpenAI's machine-readable code, such as ``context_length_exceeded``.
     param : str
         The field at fault.
+    retry_after_s : float, optional
+        When the same request may be accepted, in seconds from now; sent as ``Retry-After``.
     """
 
-    def __init__(self, message: str, *, status: int = 400, code: str | None = None, param: str | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        code: str | None = None,
+        param: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.code = code
         self.param = param
+        self.retry_after_s = retry_after_s
 
 
 class UnknownModelError(RequestError):
@@ -37,3 +48,19 @@ class UnknownModelError(RequestError):
         super().__init__(
             f"the model {name!r} does not exist: {accepted}", status=404, code="model_not_found", param="model"
         )
+
+
+class UnavailableError(OperationError):
+    """Something behind the gateway, mostly an engine, that did not begin to answer: another, or it later, may (503).
+
+    Parameters
+    ----------
+    message : str
+        One sentence; it names the engine, and never its address or key.
+    busy_s : float, optional
+        If it refused because it has too much to do: the seconds after which it wants to be asked again.
+    """
+
+    def __init__(self, message: str, busy_s: float | None = None) -> None:
+        super().__init__(message)
+        self.busy_s = busy_s

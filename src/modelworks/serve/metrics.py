@@ -15,7 +15,9 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from modelworks.serve.access import Outcome
 from modelworks.serve.engine import Engine, usage_of
+from modelworks.serve.fairness import FairQueue
 
 _TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _TPOT_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1)
@@ -24,7 +26,7 @@ _TPOT_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1)
 class Metrics:
     """One application's metrics."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, queue: FairQueue | None = None) -> None:
         self._registry = CollectorRegistry()
         self._requests = Counter(
             "modelworks_requests", "Requests answered", ["endpoint", "model", "status"], registry=self._registry
@@ -45,7 +47,13 @@ class Metrics:
         )
         self._read = Counter("modelworks_prompt_tokens", "Tokens read", ["model"], registry=self._registry)
         self._written = Counter("modelworks_completion_tokens", "Tokens written", ["model"], registry=self._registry)
-        self._registry.register(_Activity(engine))
+        self._tenants = Counter(
+            "modelworks_tenant_requests", "Requests by user", ["user", "model", "status"], registry=self._registry
+        )
+        self._tenant_tokens = Counter(
+            "modelworks_tenant_tokens", "Tokens by user", ["user", "model", "kind"], registry=self._registry
+        )
+        self._registry.register(_Activity(engine, queue))
 
     def page(self) -> bytes:
         """The metrics in Prometheus' text format."""
@@ -55,8 +63,19 @@ class Metrics:
         """Count an answered request."""
         self._requests.labels(endpoint, model, str(status)).inc()
 
-    async def measured(self, model: str, batches: AsyncGenerator[list[str], None]) -> AsyncGenerator[list[str], None]:
-        """The same stream; its times and tokens are recorded when it ends, however it ends."""
+    def count_tenant(self, user: str, model: str, status: int, outcome: Outcome) -> None:
+        """Count a user's request and its tokens."""
+        self._tenants.labels(user, model, str(status)).inc()
+        self._tenant_tokens.labels(user, model, "prompt").inc(outcome.prompt_tokens)
+        self._tenant_tokens.labels(user, model, "completion").inc(outcome.completion_tokens)
+
+    async def measured(
+        self, model: str, batches: AsyncGenerator[list[str], None], outcomes: list[Outcome] | None = None
+    ) -> AsyncGenerator[list[str], None]:
+        """The same stream; its times and tokens are recorded, and added to `outcomes`, when it ends, however it ends.
+
+        Without the engine's word, each chunk but the last counts as a token.
+        """
         started = first = last = time.perf_counter()
         chunks, end = 0, ""
         try:
@@ -73,6 +92,9 @@ class Metrics:
             usage = usage_of(json.loads(end)) if '"usage":' in end else None
             written = usage.completion_tokens if usage else max(chunks - 1, 0)
             self._written.labels(model).inc(written)
+            if outcomes is not None:
+                read, cached = (usage.prompt_tokens, usage.cached_tokens) if usage else (0, 0)
+                outcomes.append(Outcome(read, written, cached, first - started if chunks else None))
             if usage:
                 self._read.labels(model).inc(usage.prompt_tokens)
             if written > 1:
@@ -82,8 +104,9 @@ class Metrics:
 class _Activity(Collector):
     """Requests that have a slot, and those that wait for one."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, queue: FairQueue | None) -> None:
         self._engine = engine
+        self._queue = queue
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         running = GaugeMetricFamily("modelworks_requests_running", "Requests in a slot", labels=["model"])
@@ -91,4 +114,9 @@ class _Activity(Collector):
         for model, activity in self._engine.activity().items():
             running.add_metric([model], activity.running)
             waiting.add_metric([model], activity.waiting)
+        if self._queue is not None:
+            queued = GaugeMetricFamily("modelworks_requests_queued", "Requests waiting for an engine", labels=["model"])
+            for model, count in self._queue.waiting().items():
+                queued.add_metric([model], count)
+            yield queued
         yield from (running, waiting)

@@ -18,6 +18,7 @@ _LONGEST_SCHEMA = 2_000
 _MOST_CHOICES = 16
 _MOST_STOPS = 16
 _DEFAULT_COMPLETION_TOKENS = 16
+_IMAGE_BYTES = 4096
 
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
@@ -70,17 +71,24 @@ class _ToolCall(_Section):
 
 class _Message(_Section):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | None = None
+    content: str | list[dict[str, Any]] | None = None
     tool_calls: list[_ToolCall] | None = None
     tool_call_id: str | None = None
 
     @field_validator("content", mode="before")
     @classmethod
     def _joined(cls, content: Any) -> Any:
-        """Content in parts becomes one text. Images are never fetched, and no engine here can see yet."""
+        """Content in parts becomes one text, unless there is an image among them. Images are never fetched."""
         if not isinstance(content, list):
             return content
-        return "".join(_text_of(part) for part in content)
+        parts = [_part(part) for part in content]
+        if any(part["type"] == "image_url" for part in parts):
+            return parts
+        return "".join(part["text"] for part in parts)
+
+    @property
+    def holds_image(self) -> bool:
+        return isinstance(self.content, list)
 
     @model_validator(mode="after")
     def _says_something(self) -> _Message:
@@ -98,18 +106,18 @@ class _Message(_Section):
         return message
 
 
-def _text_of(part: Any) -> str:
+def _part(part: Any) -> dict[str, Any]:
     if not isinstance(part, dict) or not isinstance(part.get("type"), str):
         raise _refuse("each part of content must be an object with a type, such as {type: text, text: ...}")
     if part["type"] == "text" and isinstance(part.get("text"), str):
-        return str(part["text"])
+        return {"type": "text", "text": part["text"]}
     if part["type"] == "image_url":
         url = part.get("image_url")
         url = url.get("url") if isinstance(url, dict) else url
-        if not isinstance(url, str) or not url.startswith("data:"):
+        if not isinstance(url, str) or not url.startswith("data:image/"):
             raise _refuse("image URLs are not fetched: send the image itself as a data: URL")
-        raise _refuse("this model takes text only, and the message holds an image")
-    raise _refuse(f"a part of type {part['type'][:40]!r} is not accepted: text is")
+        return {"type": "image_url", "image_url": {"url": url}}
+    raise _refuse(f"a part of type {part['type'][:40]!r} is not accepted: text and image_url are")
 
 
 class _Schema(_Section):
@@ -183,6 +191,11 @@ class Generation(_Section):
         return bias
 
     @property
+    def longest_answer(self) -> int | None:
+        """Tokens that an answer may have, if the request says so."""
+        return self.max_tokens
+
+    @property
     def usage_wanted(self) -> bool:
         """Whether a stream ends with the usage."""
         return bool(self.stream_options and self.stream_options.include_usage)
@@ -204,6 +217,17 @@ class ChatRequest(Generation):
     response_format: _Format | None = None
     tools: list[_Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | _NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high"] | None = None
+    search_parameters: dict[str, Any] | None = None
+    """xAI's: whether and where an engine that can looks for what is new."""
+
+    @field_validator("search_parameters")
+    @classmethod
+    def _known_mode(cls, search: dict[str, Any] | None) -> dict[str, Any] | None:
+        if search is not None and search.get("mode", "auto") not in {"off", "auto", "on"}:
+            raise _refuse("mode must be off, auto or on")
+        return _checked_schema(search)
 
     @model_validator(mode="after")
     def _fields_agree(self) -> ChatRequest:
@@ -220,6 +244,41 @@ class ChatRequest(Generation):
             raise _refuse("response_format and tools can't be used together")
         return self
 
+    @property
+    def longest_answer(self) -> int | None:
+        """Tokens that the answer may have, if the request says so."""
+        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+    @property
+    def holds_images(self) -> bool:
+        """Whether a message holds an image."""
+        return any(message.holds_image for message in self.messages)
+
+    @property
+    def searches(self) -> bool:
+        """Whether the answer may look for what is new."""
+        return self.search_parameters is not None and self.search_parameters.get("mode", "auto") != "off"
+
+    @property
+    def mode(self) -> str:
+        """The way of answering: ``think`` for a reasoning effort over ``low``, else ``fast``."""
+        return "think" if self.reasoning_effort in {"medium", "high"} else "fast"
+
+    @property
+    def prompt_bytes(self) -> int:
+        """Bytes of all messages and tools; an image counts as what it is for a model, not by its file."""
+        size = 0
+        for message in self.messages:
+            parts = message.content if isinstance(message.content, list) else [{"text": message.content or ""}]
+            size += sum(_prompt_bytes(part["text"]) if "text" in part else _IMAGE_BYTES for part in parts)
+            size += sum(len(call.function.arguments) for call in message.tool_calls or [])
+        return size + sum(len(str(tool.function.parameters or "")) for tool in self.tools or [])
+
+    @property
+    def longest_prompt_bytes(self) -> int:
+        """Bytes of its one prompt."""
+        return self.prompt_bytes
+
     def body(self) -> dict[str, Any]:
         """The fields that an engine takes."""
         body = self.sampling() | {"messages": [message.plain() for message in self.messages]}
@@ -229,6 +288,8 @@ class ChatRequest(Generation):
             body |= {"logprobs": True, "top_logprobs": self.top_logprobs or 0}
         if self.response_format and (plain := self.response_format.plain()):
             body["response_format"] = plain
+        passed = {"parallel_tool_calls", "reasoning_effort", "search_parameters"}
+        body |= self.model_dump(include=passed, exclude_none=True)
         if self.tools:
             choice = self.tool_choice
             body["tools"] = [tool.model_dump(exclude_none=True) for tool in self.tools]
@@ -277,6 +338,21 @@ class CompletionRequest(Generation):
             return [self.prompt]
         return self.prompt
 
+    @property
+    def longest_answer(self) -> int | None:
+        """Tokens that each answer may have."""
+        return self.max_tokens if self.max_tokens is not None else _DEFAULT_COMPLETION_TOKENS
+
+    @property
+    def prompt_bytes(self) -> int:
+        """Bytes of all prompts; one that is given as tokens counts four bytes for each."""
+        return sum(map(_prompt_bytes, self.prompts()))
+
+    @property
+    def longest_prompt_bytes(self) -> int:
+        """Bytes of the longest prompt."""
+        return max(map(_prompt_bytes, self.prompts()))
+
     def body(self) -> dict[str, Any]:
         """The fields that an engine takes, without the prompt."""
         body = self.sampling()
@@ -305,6 +381,20 @@ class EmbeddingRequest(_Section):
         if dimensions is not None:
             raise _refuse("these embeddings can't be shortened: leave dimensions out")
         return dimensions
+
+    @property
+    def prompt_bytes(self) -> int:
+        """Bytes of all texts."""
+        return sum(map(_prompt_bytes, self.input))
+
+    @property
+    def longest_prompt_bytes(self) -> int:
+        """Bytes of the longest text."""
+        return max(map(_prompt_bytes, self.input))
+
+
+def _prompt_bytes(prompt: str | list[int]) -> int:
+    return len(prompt.encode(errors="surrogatepass")) if isinstance(prompt, str) else 4 * len(prompt)
 
 
 def parse(kind: type[Kind], content: bytes) -> Kind:

@@ -8,7 +8,7 @@
                             release/; on an engine also engine.json and nodes/
       data/HASH/            packed tokens, shared by runs with the same data section
       hardware.toml         what `modelworks bench` measured
-      modelworks.db         conversations
+      modelworks.db         conversations, users, usage
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from fastapi import FastAPI, Response
 
 from modelworks import __version__
 from modelworks.assistant.chat import Assistant
+from modelworks.assistant.database import default_database
 from modelworks.assistant.store import ConversationStore
 from modelworks.serve.api import create_app
 from modelworks.serve.llamacpp import EngineSettings, LlamaCppEngine
@@ -47,7 +48,7 @@ def build(settings: EngineSettings | None = None, database: Path | None = None, 
     """
     store = Store()
     engine = LlamaCppEngine(store, settings or EngineSettings())
-    assistant = Assistant(ConversationStore(database or home() / "modelworks.db"), engine, SAMPLING)
+    assistant = Assistant(ConversationStore(database or default_database()), engine, SAMPLING)
     services = Services(store, engine, assistant)
     app = create_app(engine, store, hosts=hosts)
     _close_first(app, assistant)

@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from modelworks.assistant.gateway import check_open
 from modelworks.launch import local
 from modelworks.serve.llamacpp import EngineSettings
 from modelworks.spec.errors import InputError, OperationError
@@ -55,11 +56,12 @@ def up(host: str, port: int, first_run: bool, console: Console, hosts: Collectio
     Raises
     ------
     InputError
-        If a server holds the home folder already, or the port can't be used.
+        If a server holds the home folder already, the port can't be used, or there are users and the host is open.
     OperationError
         If the database can't be used.
     """
     with hold_home() as announce:
+        check_open(host)
         listener = listen(host, port)
         announce(url_of(listener))
         server = build(_settings(first_run), hosts=hosts)

@@ -1,0 +1,242 @@
+"""What the gateway adds to each token when many chats stream through it at once; loopback only.
+
+Four kinds of processes: stub engines that send tokens at a steady rate and write into each when it was sent; the
+gateway, started as a user starts it; this client, over bare sockets; and, if it is asked for, another gateway on the
+same stub. First the client streams from the stub itself, then through the gateway. A token's delay is the time from
+its sending to its receipt; what the gateway adds to it is the difference to the direct one. What it adds to a gap is
+how much later than its predecessor a token comes than it was sent later: positive and negative cancel out over a
+stream, so the absolute value is taken.
+
+    python benchmarks/serve_load.py [--streams 200] [--seconds 60] [--rate 50] [--json]
+    python benchmarks/serve_load.py --other http://127.0.0.1:4000/v1 --other-pid PID --other-key KEY
+
+The other gateway must stand before a stub with ``--port`` as given by ``--stub-port``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from array import array
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import psutil
+
+_STUB = Path(__file__).parents[1] / "tests" / "serve" / "stub_engine.py"
+_TOKEN = re.compile(rb'"content": ?"(\d+)@(\d+) "')
+_WARM_UP_S = 3.0
+
+
+class Chat(asyncio.Protocol):
+    """One client: it asks, reads to the end, and asks again until the time is up."""
+
+    def __init__(self, load: Load) -> None:
+        self._load = load
+        self._transport: Any = None
+        self._rest = b""
+        self._next = 0
+        self._last: tuple[int, int] | None = None
+        self.finished = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: Any) -> None:
+        """Ask."""
+        self._transport = transport
+        transport.write(self._load.request)
+
+    def data_received(self, data: bytes) -> None:
+        """Note each token's delay, and whether it is the one that was due."""
+        now = time.monotonic_ns()
+        load = self._load
+        text = self._rest + data
+        end = 0
+        for found in _TOKEN.finditer(text):
+            number, sent = int(found[1]), int(found[2])
+            load.misplaced += number != self._next
+            self._next = number + 1
+            if now >= load.measure_from_ns:
+                load.delays.append((now - sent) / 1e6)
+                if self._last is not None and number:
+                    load.gaps.append(abs((now - self._last[0]) - (sent - self._last[1])) / 1e6)
+            self._last = (now, sent)
+            end = found.end()
+        self._rest = text[end:][-400:]
+        if b"[DONE]" in self._rest:
+            load.misplaced += self._next != load.tokens
+            load.answers += 1
+            self._rest, self._next, self._last = b"", 0, None
+            if time.monotonic() < load.until:
+                asyncio.get_running_loop().call_later(0.005, self._transport.write, load.request)
+            else:
+                self._transport.close()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """The end, or something wrong."""
+        if not self.finished.done():
+            self._load.broken += bool(error or self._next)
+            self.finished.set_result(None)
+
+
+class Load:
+    """One measurement against one server."""
+
+    def __init__(self, url: str, tokens: int, seconds: float, key: str, model: str) -> None:
+        place = urlsplit(url)
+        self.address = (place.hostname, place.port)
+        self.tokens, self.seconds = tokens, seconds
+        body = {"model": model, "messages": [{"role": "user", "content": "Count."}], "max_tokens": tokens}
+        content = json.dumps(body | {"stream": True}).encode()
+        head = f"POST {place.path}/chat/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {key}\r\n"
+        head += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+        self.request = head.encode() + content
+        self.delays, self.gaps = array("f"), array("f")
+        self.answers = self.misplaced = self.broken = 0
+        self.until = 0.0
+        self.measure_from_ns = 0
+
+    async def run(self, streams: int, process: psutil.Process | None) -> dict[str, Any]:
+        """Stream, and give the figures."""
+        loop = asyncio.get_running_loop()
+        self.measure_from_ns = time.monotonic_ns() + int(_WARM_UP_S * 1e9)
+        self.until = time.monotonic() + _WARM_UP_S + self.seconds
+        chats = []
+        for _ in range(streams):
+            _, chat = await loop.create_connection(lambda: Chat(self), *self.address)
+            chats.append(chat)
+            await asyncio.sleep(1 / streams)  # so that tokens don't come in step
+        watching = asyncio.create_task(_watch(process, self.until))
+        await asyncio.gather(*(chat.finished for chat in chats))
+        memory, cpu = await watching
+        delays, gaps = np.frombuffer(self.delays, np.float32), np.frombuffer(self.gaps, np.float32)
+        figures: dict[str, Any] = {
+            "tokens": len(delays),
+            "answers": self.answers,
+            "lost_or_reordered": self.misplaced,
+            "broken": self.broken,
+            "delay_ms": _spread(delays),
+            "gap_ms": _spread(gaps),
+        }
+        if process is not None:
+            figures |= {"cores": cpu, "memory_mb": memory, "streams_per_core": streams / cpu if cpu else None}
+        return figures
+
+
+async def _watch(process: psutil.Process | None, until: float) -> tuple[list[float], float]:
+    """Memory in MB after the warm-up and at the end, and cores used in between."""
+    await asyncio.sleep(_WARM_UP_S)
+    if process is None:
+        return [], 0.0
+    everyone = [process, *process.children(recursive=True)]
+    began, cpu = time.monotonic(), sum(sum(one.cpu_times()[:2]) for one in everyone)
+    memory = [sum(one.memory_info().rss for one in everyone) / 1e6]
+    while time.monotonic() < until - 0.5:
+        await asyncio.sleep(min(1.0, max(until - 0.5 - time.monotonic(), 0.01)))
+    memory.append(sum(one.memory_info().rss for one in everyone) / 1e6)
+    used = sum(sum(one.cpu_times()[:2]) for one in everyone) - cpu
+    return [round(value, 1) for value in memory], round(used / (time.monotonic() - began), 3)
+
+
+def _spread(values: np.ndarray) -> dict[str, float]:
+    if not len(values):
+        return {}
+    named = {"median": 50, "p99": 99, "p999": 99.9}
+    spread = {name: round(float(np.percentile(values, share)), 3) for name, share in named.items()}
+    return spread | {"max": round(float(values.max()), 3)}
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """The stub by itself, the gateway on it, and the other gateway on it."""
+    tokens = max(1, int(options.rate * options.answer_seconds))
+    stub_command = [sys.executable, str(_STUB), "--rate", str(options.rate), "--tokens", str(tokens)]
+    with tempfile.TemporaryDirectory() as folder, _Process([*stub_command, "--port", str(options.stub_port)]) as stub:
+        port = int(stub.line())
+        config = Path(folder) / "serve.toml"
+        config.write_text(f'[engines.stub]\nurl = "http://127.0.0.1:{port}/v1"\nconcurrency = 100_000\n')
+        command = [sys.executable, "-m", "modelworks", "serve", "--config", str(config), "--port", "0"]
+        results: dict[str, Any] = {}
+
+        def run(name: str, url: str, process: psutil.Process | None, seconds: float, key: str = "none") -> None:
+            load = Load(url, tokens, seconds, key, options.model if name == "other" else "stub")
+            results[name] = asyncio.run(load.run(options.streams, process))
+            if not options.json:
+                print(f"{name}: {json.dumps(results[name])}", flush=True)
+
+        run("direct", f"http://127.0.0.1:{port}/v1", None, min(options.seconds, 20))
+        with _Process(command) as gateway:
+            url = next(word for word in gateway.line().split() if word.startswith("http"))
+            time.sleep(1)
+            run("gateway", url, psutil.Process(gateway.pid), options.seconds)
+        if options.other:
+            process = psutil.Process(options.other_pid) if options.other_pid else None
+            run("other", options.other, process, options.seconds, options.other_key)
+    for name in set(results) - {"direct"}:
+        for figure in ("delay_ms", "gap_ms"):
+            results[name][f"added_{figure}"] = {
+                share: round(results[name][figure][share] - results["direct"][figure][share], 3)
+                for share in ("median", "p99")
+            }
+    return {"streams": options.streams, "rate": options.rate, "seconds": options.seconds} | results
+
+
+class _Process:
+    """A process that says one line when it is ready, and is ended with the block."""
+
+    def __init__(self, command: list[str]) -> None:
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        self.pid = self._process.pid
+
+    def line(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline().strip()
+        if not line:
+            raise RuntimeError("a process of the benchmark ended before it was ready")
+        return line
+
+    def __enter__(self) -> _Process:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--streams", type=int, default=200)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--rate", type=float, default=50.0, help="tokens per second of each stream")
+    parser.add_argument("--answer-seconds", type=float, default=10.0, help="length of each answer")
+    parser.add_argument("--stub-port", type=int, default=0)
+    parser.add_argument("--other", help="the base URL of another gateway on the same stub")
+    parser.add_argument("--other-pid", type=int, help="its process, for memory and processor time")
+    parser.add_argument("--other-key", default="none")
+    parser.add_argument("--model", default="stub", help="the stub's model as the other gateway names it")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    results = measure(options)
+    if options.json:
+        print(json.dumps(results, indent=1))
+        return
+    for name in [name for name in ("gateway", "other") if name in results]:
+        row = results[name]
+        print(
+            f"{name} adds to a token's delay {row['added_delay_ms']['median']} ms (median) and "
+            f"{row['added_delay_ms']['p99']} ms (p99), to a gap {row['added_gap_ms']['median']} and "
+            f"{row['added_gap_ms']['p99']} ms; {row['lost_or_reordered']} of {row['tokens']:,} tokens lost or reordered"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""The gateway's configuration: which engines stand behind it, and which models they answer for. TOML in.
+
+::
+
+    [engines.gpu-1]
+    url = "http://10.0.0.5:8000/v1"         # vLLM, SGLang, another Modelworks
+    concurrency = 128
+    [engines.xai]
+    url = "https://api.x.ai/v1"
+    key_env = "XAI_API_KEY"                 # the environment variable that holds its key
+    models = ["grok-4"]                     # left out: whatever it lists
+    [engines.here]
+    embedded = true                         # llama.cpp in this process, over the stored models
+
+    [models.grok]                           # a name of your own
+    on = { gpu-1 = "xai-org/grok-2" }       # engine = the model's name there
+    fallback = ["grok-4", "smollm2-135m"]   # asked in this order when no engine of it begins to answer
+
+Addresses come from this file and from nowhere else: a request can't name one.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Annotated
+from urllib.parse import urlsplit
+
+from pydantic import Field, field_validator, model_validator
+
+from modelworks.spec.errors import InputError
+from modelworks.spec.fields import Duration, PositiveInt, Section, validate
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/:-]{0,127}$")]
+"""Of an engine or a model: letters, digits, dot, dash, underscore, slash and colon."""
+Wait = Annotated[Duration, Field(gt=0)]
+
+
+class EngineConfig(Section):
+    """One engine behind the gateway."""
+
+    url: str | None = None
+    """The base of its OpenAI-compatible API, such as ``http://10.0.0.5:8000/v1``."""
+    key_env: str | None = None
+    """The environment variable that holds its API key; the key itself never stands in the file."""
+    models: list[Name] | None = None
+    """The models that it answers for, by its own names; left out, those that it lists."""
+    concurrency: PositiveInt = 256
+    """Requests that it is given at once; more wait in the gateway. An embedded engine's is its `slots`."""
+    connect_s: Wait = 5.0
+    """How long a connection, or the answer to a health check, may take."""
+    first_token_s: Wait = 120.0
+    """How long the first chunk may take before another engine is asked."""
+    stall_s: Wait = 60.0
+    """How long the next chunk may take before the answer is broken off."""
+    check_every_s: Wait = 5.0
+    """How often its list of models is asked for, which is also how its health is known."""
+    embedded: bool = False
+    """llama.cpp in this process, over the models that `modelworks models list` shows as served."""
+    slots: Annotated[int, Field(ge=1, le=256)] = 4
+    """Of an embedded engine: chats that a model answers at once."""
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """Of an embedded engine: threads that compute."""
+    context: Annotated[int, Field(ge=16)] = 4096
+    """Of an embedded engine: tokens per chat."""
+
+    @field_validator("url")
+    @classmethod
+    def _is_address(cls, url: str | None) -> str | None:
+        if url is None:
+            return None
+        try:
+            parts = urlsplit(url)
+            good = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+        except ValueError:
+            good = False
+        if not good or parts.query or parts.fragment or parts.username is not None:
+            raise ValueError(
+                "an address such as 'http://10.0.0.5:8000/v1' is accepted, without user, query or fragment"
+            )
+        return url.rstrip("/")
+
+    @model_validator(mode="after")
+    def _is_one_kind(self) -> EngineConfig:
+        if self.embedded == (self.url is not None):
+            raise ValueError("either url or embedded = true is accepted")
+        return self
+
+    @property
+    def key(self) -> str | None:
+        """The API key, if one is asked for.
+
+        Raises
+        ------
+        InputError
+            If its environment variable is not set.
+        """
+        if self.key_env is None:
+            return None
+        key = os.environ.get(self.key_env, "").strip()
+        if not key or not key.isascii() or not key.isprintable():
+            raise InputError(f"key_env = {self.key_env!r}: this environment variable holds no key")
+        return key
+
+
+class ModelConfig(Section):
+    """One model by a name of the operator's own, or more about a model that an engine lists."""
+
+    on: dict[Name, Name] | None = None
+    """Which engines answer for it, and its name there; left out, the engines that list it under this name."""
+    fallback: list[Name] = []
+    """Models that are asked, in this order, when no engine of this one begins to answer."""
+    context: Annotated[int, Field(ge=16)] | None = None
+    """Tokens that one chat may hold, where the engine doesn't say."""
+    images: bool = False
+    """Whether its messages may hold images."""
+
+
+class QueueConfig(Section):
+    """How requests wait when the engines are full."""
+
+    waiting: Annotated[int, Field(ge=0)] = 256
+    """Requests that may wait for a model; more are refused at once (429)."""
+    wait_s: Wait = 30.0
+    """How long a request waits before it is refused."""
+
+
+class ServeConfig(Section):
+    """The gateway's configuration file."""
+
+    engines: dict[Name, EngineConfig]
+    models: dict[Name, ModelConfig] = {}
+    queue: QueueConfig = QueueConfig()
+    tries: Annotated[int, Field(ge=1, le=10)] = 3
+    """How often a model's engines are asked in all, before its fallback is."""
+    affinity: bool = True
+    """Whether a conversation goes to the engine that read its beginning, unless that one has too much to do."""
+
+    @model_validator(mode="after")
+    def _names_agree(self) -> ServeConfig:
+        if not self.engines:
+            raise ValueError("engines is empty: at least one table [engines.NAME] is needed")
+        for name, model in self.models.items():
+            if model.on is not None and not model.on:
+                raise ValueError(f"models.{name}.on is empty: an engine and the model's name there are needed")
+            for engine in model.on or {}:
+                if engine not in self.engines:
+                    raise ValueError(f"models.{name}.on names the engine {engine!r}; there are {_listed(self.engines)}")
+            if name in model.fallback:
+                raise ValueError(f"models.{name}.fallback names the model itself; other models are accepted")
+        if sum(engine.embedded for engine in self.engines.values()) > 1:
+            raise ValueError("engines: one with embedded = true is accepted")
+        return self
+
+
+def _listed(names: dict[str, EngineConfig]) -> str:
+    return ", ".join(names)
+
+
+def load_config(path: Path) -> ServeConfig:
+    """Read a configuration file; the environment variables that it names must be set.
+
+    Raises
+    ------
+    InputError
+        Naming the file, the field, the value and what is accepted.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it isn't UTF-8 text"
+        raise InputError(f"the configuration {path} cannot be read: {reason}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{path}: not TOML: {error}") from None
+    config = validate(ServeConfig, values, str(path))
+    for name, engine in config.engines.items():
+        try:
+            _ = engine.key
+        except InputError as error:
+            raise InputError(f"{path}: engines.{name}.{error}") from None
+    return config
