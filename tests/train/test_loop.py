@@ -174,9 +174,9 @@ def test_the_gradient_is_clipped_before_it_reaches_the_optimizer(make_spec: Make
         seen: list[float] = []
         step = trainer.optimizers.step
 
-        def spy(factor: float) -> None:
+        def spy(factor: float, number: int) -> None:
             seen.append(math.sqrt(sum(float(p.grad.square().sum()) for p in trainer.decoder.parameters())))  # type: ignore[union-attr]
-            step(factor)
+            step(factor, number)
 
         trainer.optimizers.step = spy  # type: ignore[method-assign]
         row = trainer.one_step()

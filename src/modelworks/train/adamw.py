@@ -62,11 +62,11 @@ class LowAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._update(parameter, group)
+                    self._update(parameter, parameter.grad, group)
         return loss
 
-    def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        weight, gradient = _local(parameter), _local(parameter.grad)
+    def _update(self, parameter: Tensor, to_parameter: Tensor, group: dict[str, Any]) -> None:
+        weight, gradient = _local(parameter), _local(to_parameter)
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), device=weight.device)

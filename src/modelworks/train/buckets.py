@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -43,7 +44,9 @@ class Buckets:
         self._begun, self._last = 0, False
         for bucket in self._buckets:
             for member in bucket.members:
-                member.parameter.register_post_accumulate_grad_hook(lambda _, bucket=bucket: self._complete(bucket))
+                member.parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                    lambda _, bucket=bucket: self._complete(bucket)
+                )
 
     def expect(self, first: bool, last: bool) -> None:
         """Before the backward pass of a step's `first`, or `last`, micro batch.
@@ -90,7 +93,7 @@ class _Bucket:
         if self._flat is None:
             parameters = [member.parameter for member in self.members]
             self._flat = parameters[0].new_zeros(sum(parameter.numel() for parameter in parameters))
-            parts = self._flat.split([parameter.numel() for parameter in parameters])
+            parts = torch.split(self._flat, [parameter.numel() for parameter in parameters])
             self._views = [part.view_as(parameter) for part, parameter in zip(parts, parameters, strict=True)]
         else:
             self._flat.zero_()

@@ -50,7 +50,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 def grouped_linear(rows: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
     """As `model.experts.grouped_linear`, in fp8: each group has a scale of its own."""
-    groups = rows.split(counts.tolist())
+    groups = torch.split(rows, counts.tolist())
     return torch.cat([linear(group, weight) for group, weight in zip(groups, weights, strict=True)])
 
 
