@@ -231,14 +231,14 @@ class _Task:
         """Rows of a block multiplied with their temperatures, in place."""
         if self.temperature is None:
             return logits
-        by_query = logits.unflatten(2, (-1, rows.stop - rows.start))
+        by_query = _by_query(logits, rows)
         return by_query.mul_(self.temperature[rows, None]).flatten(2, 3)
 
     def hide(self, weights: Tensor, rows: slice, keys: slice, value: float) -> Tensor:
         """Put a value, in place, where a block of (B, KV, G * t, s) stands for keys that aren't seen."""
         hidden = self.hidden(rows, keys)
         if hidden is not None:
-            weights.unflatten(2, (-1, rows.stop - rows.start)).masked_fill_(hidden.to(weights.device), value)
+            _by_query(weights, rows).masked_fill_(hidden.to(weights.device), value)
         return weights
 
 
@@ -353,6 +353,11 @@ def _backward(context: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None,
 
 
 _forward.register_autograd(_backward, setup_context=_keep)
+
+
+def _by_query(block: Tensor, rows: slice) -> Tensor:
+    """(B, KV, G * t, s) of t queries as (B, KV, G, t, s), in the same memory."""
+    return block.view(*block.shape[:2], -1, rows.stop - rows.start, block.shape[-1])
 
 
 def _fold(heads: Tensor, kv_heads: int) -> Tensor:
