@@ -19,6 +19,7 @@ from rich.console import Console
 
 from modelworks import __version__
 from modelworks.account_command import backup, keys_app, restore, tiers_app, usage, users_app
+from modelworks.eval_command import evaluate_model
 from modelworks.spec.errors import InputError, OperationError
 
 if TYPE_CHECKING:
@@ -287,11 +288,10 @@ def _train(
 
     Example: [bold]modelworks train examples/grok-tiny.toml --set train.tokens=500_000[/bold]
     """
-    from modelworks.engine_command import take_back
     from modelworks.spec.files import load_run
-    from modelworks.train.interrupt import Interrupted, exit_code
-    from modelworks.train.view import NoView, view_for
-    from modelworks.train_command import engine_overrides, train_and_release, with_layout
+    from modelworks.spec.stages import chain
+    from modelworks.train.record import RunRecord
+    from modelworks.train_command import engine_overrides, with_layout
 
     traced = [] if trace is None else [f"train.trace_steps={trace}"]
     spec = load_run(file, [*(overrides or []), *engine_overrides(on, nproc, nodes), *traced])
@@ -299,12 +299,30 @@ def _train(
         raise InputError(f"--rank {ranks[0]} is not accepted here: it goes with --dry-run on this machine")
     if out is not None and (on == "local" or not dry_run):
         raise InputError(f"--out {out} is not accepted here: it goes with --dry-run and --on slurm, kubernetes or ray")
+    if spec.stages and (on != "local" or dry_run):
+        names = ", ".join(stage.name for stage in spec.stages)
+        raise InputError(f"stages: one is accepted here, by --set stage=NAME ({names}), or none, by --set stages=[]")
     if on != "local":
         _submit(with_layout(spec, resume, spec.cluster.device), on, resume, dry_run, out, as_json)
         return
     if dry_run:
         _print_dry_run(spec, ranks, as_json)
         return
+    runs = chain(spec)
+    for part in runs:
+        begun = RunRecord.exists(part.name)
+        if len(runs) > 1 and begun and RunRecord(part.name).status().state == "finished":
+            continue
+        _train_here(part, resume and (begun or len(runs) == 1), as_json)
+
+
+def _train_here(spec: RunSpec, resume: bool, as_json: bool) -> None:
+    """Train one run on this machine, and say how it ended."""
+    from modelworks.engine_command import take_back
+    from modelworks.train.interrupt import Interrupted, exit_code
+    from modelworks.train.view import NoView, view_for
+    from modelworks.train_command import train_and_release
+
     take_back(spec.name)
     view = NoView() if as_json else view_for(spec.name, console)
     say = (lambda text: None) if as_json else console.print
@@ -481,6 +499,8 @@ def _runs_compare(run: RunName, as_json: JsonFlag = False) -> None:
     else:
         console.print(comparison_table(compared))
 
+
+app.command("eval")(evaluate_model)
 
 # --- release, import, verify ------------------------------------------------------------------------------------------
 

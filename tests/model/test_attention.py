@@ -1,6 +1,8 @@
-"""Soft-capped attention against its definition, fused attention's masks."""
+"""Attention in blocks against its definition: caps, windows, documents, temperatures, lengths; and the fused one."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from modelworks.model.attention import KeyValueCache, fused_attention, softcap_attention
+from modelworks.model import attention as module
+from modelworks.model.attention import KeyValueCache, attention, blockwise_attention
 from modelworks.model.decoder import Decoder
 from modelworks.spec.model import ModelSpec
 
@@ -16,7 +19,13 @@ SCALE, CAP = 0.3, 5.0
 
 
 def naive_attention(
-    queries: Tensor, keys: Tensor, values: Tensor, softcap: float | None, temperature: Tensor | None = None
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    softcap: float | None = None,
+    window: int | None = None,
+    first: Tensor | None = None,
+    temperature: Tensor | None = None,
 ) -> Tensor:
     """The definition, with every key-value head repeated and every logit in memory."""
     groups, length, seen = queries.shape[1] // keys.shape[1], queries.shape[2], keys.shape[2]
@@ -26,7 +35,12 @@ def naive_attention(
         logits = softcap * torch.tanh(logits / softcap)
     if temperature is not None:
         logits = logits * temperature[:, None]
-    visible = torch.ones(length, seen, dtype=torch.bool).tril(seen - length)
+    places = torch.arange(seen - length, seen)[:, None], torch.arange(seen)
+    visible = (places[1] <= places[0])[None, None]
+    if window is not None:
+        visible = visible & (places[1] > places[0] - window)
+    if first is not None:
+        visible = visible & (places[1] >= first[:, None, :, None])
     return logits.masked_fill(~visible, -torch.inf).softmax(-1) @ values
 
 
@@ -36,38 +50,52 @@ def random_heads(length: int, seen: int, dtype: torch.dtype = torch.float32) -> 
     return [(2 * torch.randn(shape)).to(dtype).requires_grad_() for shape in shapes]
 
 
+def firsts(length: int, seen: int) -> Tensor:
+    """Where the documents of two packed sequences begin, for each query."""
+    torch.manual_seed(seen)
+    begins = torch.rand(2, seen) < 0.03
+    starts = torch.where(begins, torch.arange(seen), 0).cummax(1).values
+    return starts[:, seen - length :]
+
+
+LIMITS: dict[str, Any] = {
+    "all": lambda length, seen: {},
+    "a window": lambda length, seen: {"window": 37},
+    "documents": lambda length, seen: {"first": firsts(length, seen)},
+    "a window of documents": lambda length, seen: {"window": 37, "first": firsts(length, seen)},
+    "temperatures": lambda length, seen: {"temperature": torch.linspace(0.5, 2.0, length)},
+}
+
+
+@pytest.mark.parametrize("limit", LIMITS.values(), ids=LIMITS)
+@pytest.mark.parametrize("softcap", [None, CAP, 80.0], ids=["plain", "capped", "capped high"])
 @pytest.mark.parametrize(("length", "seen"), [(1, 1), (7, 7), (128, 128), (300, 300), (1, 200), (5, 140), (150, 260)])
-def test_softcapped_attention_equals_its_definition_in_values_and_gradients(length: int, seen: int) -> None:
+def test_attention_in_blocks_equals_its_definition_in_values_and_gradients(
+    length: int, seen: int, softcap: float | None, limit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "KEY_BLOCK", 96)
+    limits = limit(length, seen)
     ours = random_heads(length, seen)
     theirs = [tensor.detach().double().requires_grad_() for tensor in ours]
-    output = softcap_attention(*ours, SCALE, CAP)
-    expected = naive_attention(*theirs, CAP)
-    torch.testing.assert_close(output.double(), expected, rtol=1e-4, atol=1e-5)
+    output = blockwise_attention(*ours, SCALE, softcap, **limits)
+    expected = naive_attention(*theirs, softcap, **limits)
+    torch.testing.assert_close(output.double(), expected, rtol=1e-4, atol=5e-5)
+    torch.testing.assert_close(attention(*ours, SCALE, softcap, **limits), output, rtol=1e-4, atol=1e-5)
     upstream = torch.randn_like(output)
     for got, wanted in zip(
         torch.autograd.grad(output, ours, upstream),
         torch.autograd.grad(expected, theirs, upstream.double()),
         strict=True,
     ):
-        torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=5e-4)
 
 
-@pytest.mark.parametrize("cap", [CAP, 45.0])
-def test_a_temperature_multiplies_each_querys_logits_after_the_cap(cap: float) -> None:
-    """The larger cap is one whose exponentials would leave fp32 at the last temperatures."""
-    ours = random_heads(150, 260)
-    theirs = [tensor.detach().double().requires_grad_() for tensor in ours]
-    warmth = torch.linspace(1.0, 3.0, 150)
-    output = softcap_attention(*ours, SCALE, cap, warmth)
-    expected = naive_attention(*theirs, cap, warmth.double())
-    torch.testing.assert_close(output.double(), expected, rtol=1e-4, atol=1e-5)
-    upstream = torch.randn_like(output)
-    for got, wanted in zip(
-        torch.autograd.grad(output, ours, upstream),
-        torch.autograd.grad(expected, theirs, upstream.double()),
-        strict=True,
-    ):
-        torch.testing.assert_close(got.double(), wanted, rtol=1e-3, atol=2e-4)
+@pytest.mark.parametrize("window", [1, 4, 39, 40, 100])
+@pytest.mark.parametrize(("length", "seen"), [(9, 9), (40, 40), (1, 40), (5, 40), (30, 40), (3, 4)])
+def test_attention_over_a_window_sees_the_last_keys_alone(length: int, seen: int, window: int) -> None:
+    heads = random_heads(length, seen)
+    expected = naive_attention(*heads, window=window)
+    torch.testing.assert_close(attention(*heads, SCALE, window=window), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("softcap", [None, 20.0])
@@ -86,30 +114,16 @@ def test_a_cached_position_has_the_temperature_of_its_place(softcap: float | Non
     assert (whole[:, 9:] - plain[:, 9:]).abs().amax() > 1e-4
 
 
-@pytest.mark.parametrize(("length", "seen"), [(1, 1), (9, 9), (1, 12), (5, 12)])
-def test_fused_attention_sees_the_cache_and_no_later_position(length: int, seen: int) -> None:
-    queries, keys, values = random_heads(length, seen)
-    output = fused_attention(queries, keys, values, SCALE)
-    torch.testing.assert_close(output, naive_attention(queries, keys, values, None), rtol=1e-4, atol=1e-5)
+def test_huge_logits_are_no_trouble() -> None:
+    queries, keys, values = random_heads(130, 130)
+    heads = queries.detach() * 40, keys.detach() * 40, values.detach()
+    output = blockwise_attention(*heads, SCALE)
+    torch.testing.assert_close(output, naive_attention(*heads), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize(("length", "seen"), [(9, 9), (40, 40), (1, 40), (5, 40), (30, 40), (3, 4)])
-@pytest.mark.parametrize("window", [1, 4, 39, 40, 100])
-def test_fused_attention_over_a_window_sees_the_last_keys_alone(length: int, seen: int, window: int) -> None:
-    queries, keys, values = random_heads(length, seen)
-    output = fused_attention(queries, keys, values, SCALE, window)
-    for query in range(length):
-        last = seen - length + query + 1
-        first = max(0, last - window)
-        expected = naive_attention(
-            queries[:, :, query : query + 1], keys[:, :, first:last], values[:, :, first:last], None
-        )
-        torch.testing.assert_close(output[:, :, query : query + 1], expected, rtol=1e-4, atol=1e-5)
-
-
-def test_softcapped_attention_in_bfloat16_stays_near_the_definition() -> None:
+def test_capped_attention_in_bfloat16_stays_near_the_definition() -> None:
     ours = random_heads(140, 140, torch.bfloat16)
-    output = softcap_attention(*ours, SCALE, CAP)
+    output = attention(*ours, SCALE, CAP)
     assert output.dtype == torch.bfloat16
     expected = naive_attention(*(tensor.detach().float() for tensor in ours), CAP)
     torch.testing.assert_close(output.float(), expected, rtol=2e-2, atol=5e-2)
@@ -121,15 +135,9 @@ def test_softcapped_attention_in_bfloat16_stays_near_the_definition() -> None:
 @given(changed=st.integers(1, 199), softcap=st.sampled_from([None, CAP]))
 def test_no_position_hears_of_a_later_one(changed: int, softcap: float | None) -> None:
     queries, keys, values = (tensor.detach() for tensor in random_heads(200, 200))
-
-    def attend() -> Tensor:
-        if softcap is None:
-            return fused_attention(queries, keys, values, SCALE)
-        return softcap_attention(queries, keys, values, SCALE, softcap)
-
-    before = attend()
+    before = attention(queries, keys, values, SCALE, softcap)
     keys[:, :, changed:] += 1.0
     values[:, :, changed:] -= 1.0
-    after = attend()
+    after = attention(queries, keys, values, SCALE, softcap)
     torch.testing.assert_close(after[:, :, :changed], before[:, :, :changed], rtol=1e-5, atol=1e-6)
     assert not torch.allclose(after[:, :, changed:], before[:, :, changed:])

@@ -270,7 +270,6 @@ def test_a_sequence_longer_than_the_context_is_refused() -> None:
             },
         ),
         ("position = 'learned'", {"position": "learned"}),
-        ("sliding_window = 16", {"sliding_window": 16, "attention_softcap": 30.0}),
         ("vision", {"vision": TOWER}),
         ("norm = 'layer'", {"norm": "layer"}),
         ("gated_mlp = False", {"gated_mlp": False}),

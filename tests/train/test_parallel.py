@@ -430,7 +430,7 @@ def test_each_kind_of_recomputation_computes_again_what_it_says() -> None:
     """Per layer: attention is one operation, its projections four of the products, the experts three of another."""
     plain = operations_backward("none")
     again = {kind: operations_backward(kind) - plain for kind in ("selective", "projections", "full")}
-    attention, products, experts = "softcap_attention.default", "mm.default", "grouped_linear.default"
+    attention, products, experts = "blockwise_attention.default", "mm.default", "grouped_linear.default"
     assert [again[kind][attention] for kind in again] == [SHALLOW] * 3
     assert [again[kind][experts] for kind in again] == [0, 3 * SHALLOW, 3 * SHALLOW]
     # The router's is a product as well.
@@ -522,3 +522,51 @@ def test_a_checkpoint_of_four_processes_is_whole_for_one(text_folder: Path, fold
     checkpoint.load_weights(saved, decoder)
     for name, tensor in drawn.state_dict().items():
         assert torch.equal(decoder.state_dict()[name], tensor), name
+
+
+LONG = 32_768
+
+
+def first_step(ranks: Ranks, folder: Path, spec: RunSpec) -> dict[str, Any]:
+    """The loss of a new run's first step, and its gradients, whole."""
+    trainer = Trainer(MemberSession(folder, spec, False, ranks.first), NoView(), ranks)
+    gradients: dict[str, Any] = {}
+
+    def keep() -> None:
+        for name, parameter in trainer.decoder.named_parameters():
+            assert parameter.grad is not None
+            whole = trainer.parallel.whole(name, parameter.grad)
+            gradients[name] = (whole.full_tensor() if isinstance(whole, DTensor) else whole).clone().numpy()
+
+    trainer.optimizers.zero_grad = keep  # type: ignore[method-assign]
+    row = trainer.one_step()
+    trainer.close()
+    return {"loss": row["loss"], "gradients": gradients}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("masked", [False, True], ids=["one document", "documents apart"])
+def test_two_context_ranks_train_on_32768_tokens_like_one_process(
+    masked: bool, text_folder: Path, folder: Path, tmp_path: Path
+) -> None:
+    words = " ".join(path.read_text(encoding="utf-8") for path in sorted(text_folder.glob("*.txt"))).split(" ")
+    for part in range(12):  # documents of some three thousand tokens
+        (tmp_path / f"{part}.txt").write_text(" ".join(words[part::7] + words[part::5]), encoding="utf-8")
+    found = {}
+    for processes in (1, 2):
+        spec = make("dense", "adamw", tmp_path, processes, layers=1, micro_batch=1, context=processes)
+        small = {"hidden": 16, "heads": 1, "kv_heads": 1, "head_dim": 16, "ffn_hidden": 16, "context": LONG}
+        long = {"seq_len": LONG, "global_batch": 1, "tokens": LONG, "validation_tokens": 1, "document_mask": masked}
+        values = spec.model_dump(mode="json", exclude_none=True)
+        values["model"] |= small | {"attention_softcap": 30.0}
+        values["train"] |= long
+        values["data"] |= {"validation_fraction": 0.0}
+        values["name"] = f"long-{masked}-{processes}"
+        spec = run_from(values)
+        with open_run(spec, folder=folder / "runs" / spec.name) as session:
+            found[processes] = together(processes, first_step, session.folder, spec)
+    expected = found[1][0]
+    for of_process in found[2]:
+        assert of_process["loss"] == pytest.approx(expected["loss"], rel=TOLERANCE)
+        for name, gradient in of_process["gradients"].items():
+            assert largest_difference(gradient, expected["gradients"][name]) < 1e-4, name

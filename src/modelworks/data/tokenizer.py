@@ -87,6 +87,11 @@ def separator_id(tokenizer: Tokenizer) -> int:
     raise InputError(f"data.tokenizer has no token that ends a text; one of {', '.join(_SEPARATORS)} is accepted")
 
 
+def separator_of(file: Path) -> int:
+    """The id that ends each document under the tokenizer of a prepared dataset."""
+    return separator_id(Tokenizer.from_file(str(file)))
+
+
 def encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
     """Ids of texts, without special tokens, on all cores."""
     tokenizer.encode_special_tokens = True

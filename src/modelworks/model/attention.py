@@ -1,13 +1,16 @@
 """Grouped-query attention with rotary positions, optionally soft-capped, over a key-value cache.
 
 Three ideas: heads that share a key-value head are folded into its rows, so that keys and values are never repeated;
-a soft cap `c * tanh(logits / c)` (Grok-1) is computed over blocks of queries that see only the keys before them, and
-the backward pass computes a block's probabilities again rather than keep them, so that memory grows with the sequence
-and not with its square; without a cap the work is PyTorch's own fused attention.
+what PyTorch's own fused attention doesn't know (a soft cap `c * tanh(logits / c)` as in Grok-1, a window, documents
+that don't see each other) is computed over blocks of queries and of the keys that they see, and the backward pass
+computes a block's probabilities again rather than keep them, so that memory grows with the sequence and not with its
+square; and whatever is hidden from a query stands before the first key that it sees or behind itself.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,8 +23,11 @@ from modelworks.model.rotary import Rotary, rotate
 from modelworks.spec.model import ModelSpec
 
 QUERY_BLOCK = 64
-"""Queries per block of soft-capped attention: large enough for the matmuls, small enough to skip most masked keys and
-to keep a block's logits in the cache (at 512 positions a third faster than 128 or 256 on a CPU)."""
+"""Queries per block: large enough for the matmuls, small enough to skip most masked keys and to keep a block's logits
+in the cache (at 512 positions a third faster than 128 or 256 on a CPU)."""
+KEY_BLOCK = 4096
+"""Keys per block, beyond which a block's logits would take more memory the longer the sequence is."""
+LEAST = 1e30
 LARGEST_EXPONENT = 60.0
 """Up to this soft cap the sum of a row's exponentials fits fp32 as it is; beyond it the largest logit is subtracted."""
 
@@ -79,21 +85,33 @@ class Attention(nn.Module):
             queries, keys = rotate(queries, rotary), rotate(keys, rotary)
         if cache is not None:
             keys, values = cache.append(self.layer, keys, values)
-        attended = self.attend(queries, keys, values, rotary.temperature)
+        attended = self.attend(queries, keys, values, rotary.first, rotary.temperature)
         output: Tensor = self.wo(attended.transpose(1, 2).reshape(batch, length, -1))  # (B, T, H)
         return output
 
-    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, temperature: Tensor | None = None) -> Tensor:
-        """Causal attention of the last positions' queries; shapes as in `softcap_attention`."""
-        if self.softcap is None:
-            if temperature is not None:
-                queries = (queries * temperature.unsqueeze(-1)).to(queries.dtype)
-            return fused_attention(queries, keys, values, self.scale, self.window)
-        return softcap_attention(queries, keys, values, self.scale, self.softcap, temperature)
+    def attend(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        first: Tensor | None = None,
+        temperature: Tensor | None = None,
+    ) -> Tensor:
+        """Causal attention of the last positions' queries; shapes as in `attention`."""
+        return attention(queries, keys, values, self.scale, self.softcap, self.window, first, temperature)
 
 
-def fused_attention(queries: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None = None) -> Tensor:
-    """Causal attention by PyTorch's fused kernel.
+def attention(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
+    first: Tensor | None = None,
+    temperature: Tensor | None = None,
+) -> Tensor:
+    """Causal attention, by PyTorch's fused kernel where that knows the task, else in blocks (`blockwise_attention`).
 
     Parameters
     ----------
@@ -103,8 +121,14 @@ def fused_attention(queries: Tensor, keys: Tensor, values: Tensor, scale: float,
         (B, KV, S, D) with S >= T.
     scale
         What logits are multiplied with.
+    softcap
+        `c` in `c * tanh(logits / c)`; None for none.
     window
         How many keys a query sees, its own the last of them; None for all.
+    first
+        (B, T) int64: the first key that a query sees, where that is not the sequence's: its document's.
+    temperature
+        (T) in fp32: what a query's logits are multiplied with after the cap; None for 1.
 
     Returns
     -------
@@ -114,57 +138,156 @@ def fused_attention(queries: Tensor, keys: Tensor, values: Tensor, scale: float,
     if window is not None and keys.shape[2] > window:
         # Keys that no query sees are left out, so that a cached step costs the window and not the sequence.
         seen = min(keys.shape[2], queries.shape[2] + window - 1)
+        first = None if first is None else (first - (keys.shape[2] - seen)).clamp(min=0)
         keys, values = keys[:, :, -seen:], values[:, :, -seen:]
     length, seen = queries.shape[2], keys.shape[2]
-    mask = None
-    if length > 1 and (length < seen or (window is not None and window < seen)):
-        mask = torch.ones(length, seen, dtype=torch.bool, device=queries.device).tril(seen - length)
-        mask = mask if window is None else mask.triu(seen - length - window + 1)
-    return F.scaled_dot_product_attention(
-        queries, keys, values, attn_mask=mask, is_causal=mask is None and length > 1, scale=scale, enable_gqa=True
-    )
+    unlimited = first is None and (window is None or window >= seen or length == 1)
+    if softcap is None and temperature is None and unlimited and length in (1, seen):
+        return F.scaled_dot_product_attention(queries, keys, values, is_causal=length > 1, scale=scale, enable_gqa=True)
+    return blockwise_attention(queries, keys, values, scale, softcap, window, first, temperature)
 
 
-def softcap_attention(
-    queries: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float, temperature: Tensor | None = None
+def blockwise_attention(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
+    first: Tensor | None = None,
+    temperature: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention with the logits `temperature * softcap * tanh(scale * q k / softcap)`, in fp32.
+    """Attention over blocks of queries and of the keys that they see, its softmax in fp32; arguments as in `attention`.
 
-    Shapes as in `fused_attention`; a temperature (T) is that of each query, and grows with its position.
+    The sums of a row's exponentials are kept up from block to block of keys (Rabe & Staats 2021, arXiv:2112.05682;
+    FlashAttention, arXiv:2205.14135), forward and backward, so that memory grows with the sequence.
     """
     output: Tensor
-    output, _ = _softcap_forward(queries, keys, values, scale, softcap, temperature)
+    output, _ = _forward(queries, keys, values, scale, softcap, window, first, temperature)
     return output
 
 
-@torch.library.custom_op("modelworks::softcap_attention", mutates_args=())
-def _softcap_forward(
-    queries: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float, temperature: Tensor | None = None
+@dataclass(frozen=True)
+class _Task:
+    """What attention is asked for, beside its tensors; shapes as in `attention`."""
+
+    scale: float
+    softcap: float | None
+    window: int | None
+    first: Tensor | None
+    temperature: Tensor | None
+    length: int
+    seen: int
+
+    @property
+    def bounded(self) -> bool:
+        """Whether a row's exponentials can be summed as they are, without its largest logit being subtracted."""
+        return self.softcap is not None and self.temperature is None and self.softcap <= LARGEST_EXPONENT
+
+    def blocks(self) -> Iterator[tuple[slice, list[slice]]]:
+        """Blocks of queries, each with the blocks of keys that any of its queries sees."""
+        offset = self.seen - self.length
+        for start in range(0, self.length, QUERY_BLOCK):
+            end = min(start + QUERY_BLOCK, self.length)
+            begin = 0 if self.window is None else max(0, offset + start + 1 - self.window)
+            if self.first is not None:
+                begin = max(begin, int(self.first[:, start:end].min()))
+            stop = offset + end
+            keys = [slice(left, min(left + KEY_BLOCK, stop)) for left in range(begin, stop, KEY_BLOCK)]
+            yield slice(start, end), keys
+
+    def hidden(self, rows: slice, keys: slice) -> Tensor | None:
+        """Which keys of a block stand outside of what its queries see: (1 or B, 1, 1, t, s); None where none does."""
+        offset = self.seen - self.length
+        device = None if self.first is None else self.first.device
+        found = None
+        causal = keys.stop > offset + rows.start + 1
+        windowed = self.window is not None and keys.start < offset + rows.stop - self.window
+        if causal or windowed:
+            apart = torch.arange(offset + rows.start, offset + rows.stop, device=device)[:, None] - torch.arange(
+                keys.start, keys.stop, device=device
+            )  # (t, s): how far back a key stands
+            found = apart < 0
+            if self.window is not None:
+                found = found | (apart >= self.window)
+            found = found[None]
+        if self.first is not None:
+            begins = self.first[:, rows]
+            if int(begins.max()) > keys.start:
+                earlier = torch.arange(keys.start, keys.stop, device=device) < begins[:, :, None]  # (B, t, s)
+                found = earlier if found is None else found | earlier
+        return None if found is None else found[:, None, None]
+
+    def logits(self, block: Tensor, keys: Tensor, rows: slice, keep: bool = False) -> tuple[Tensor, Tensor | None]:
+        """The logits (B, KV, G * t, s) in fp32 of a block of queries (B, KV, G * t, D); `keep` gives tangents too."""
+        products = (block @ keys.transpose(-1, -2)).float()
+        if self.softcap is None:
+            return self.tempered(products.mul_(self.scale), rows), None
+        tangents = products.mul_(self.scale / self.softcap).tanh_()
+        logits = tangents * self.softcap if keep else tangents.mul_(self.softcap)
+        return self.tempered(logits, rows), tangents if keep else None
+
+    def tempered(self, logits: Tensor, rows: slice) -> Tensor:
+        """Rows of a block multiplied with their temperatures, in place."""
+        if self.temperature is None:
+            return logits
+        by_query = _by_query(logits, rows)
+        return by_query.mul_(self.temperature[rows, None]).flatten(2, 3)
+
+    def hide(self, weights: Tensor, rows: slice, keys: slice, value: float) -> Tensor:
+        """Put a value, in place, where a block of (B, KV, G * t, s) stands for keys that aren't seen."""
+        hidden = self.hidden(rows, keys)
+        if hidden is not None:
+            _by_query(weights, rows).masked_fill_(hidden.to(weights.device), value)
+        return weights
+
+
+@torch.library.custom_op("modelworks::blockwise_attention", mutates_args=())
+def _forward(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    first: Tensor | None,
+    temperature: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The output (B, heads, T, D), and each query's log-sum-exp (B, KV, G, T) in fp32 for the backward pass."""
+    task = _Task(scale, softcap, window, first, temperature, queries.shape[2], keys.shape[2])
     folded = _fold(queries, keys.shape[1])  # (B, KV, G, T, D)
     output = torch.empty_like(folded, memory_format=torch.contiguous_format)
     log_sums = folded.new_empty(folded.shape[:-1], dtype=torch.float32)
-    offset = keys.shape[2] - queries.shape[2]
-    too_large = softcap * (1.0 if temperature is None else float(temperature[-1])) > LARGEST_EXPONENT
-    for start, end in _blocks(queries.shape[2]):
-        block = folded[..., start:end, :].flatten(2, 3)  # (B, KV, G * t, D)
-        weights = _tangents(block, keys[:, :, : offset + end], scale / softcap).mul_(softcap)  # (B, KV, G * t, s)
-        if temperature is not None:
-            weights.mul_(_of_rows(temperature[start:end], weights))
-        largest = weights.amax(-1, keepdim=True) if too_large else weights.new_zeros(())
-        if too_large:
-            weights.sub_(largest)
-        _hide_later(weights.exp_(), end - start)
-        sums = weights.sum(-1, keepdim=True)
-        attended = (weights.to(values.dtype) @ values[:, :, : offset + end]).div_(sums)
-        output[..., start:end, :] = attended.view_as(folded[..., start:end, :])
-        log_sums[..., start:end] = sums.log_().add_(largest).view(*log_sums.shape[:3], end - start)
+    for rows, parts in task.blocks():
+        block = folded[..., rows, :].flatten(2, 3)  # (B, KV, G * t, D)
+        total: Tensor | None = None
+        sums = largest = block.new_zeros((), dtype=torch.float32)
+        for part in parts:
+            weights, _ = task.logits(block, keys[:, :, part], rows)  # (B, KV, G * t, s)
+            if task.bounded:
+                task.hide(weights.exp_(), rows, part, 0.0)
+            else:
+                task.hide(weights, rows, part, -math.inf)
+                # A row of which no key of this block is seen has no largest logit; 0 stands for it.
+                now = weights.amax(-1, keepdim=True).clamp_(min=-LEAST)
+                now = now if total is None else torch.maximum(now, largest)
+                weights.sub_(now).exp_()
+                if total is not None:
+                    shrunk = (largest - now).exp_()
+                    total.mul_(shrunk)
+                    sums = sums * shrunk
+                largest = now
+            attended = (weights.to(values.dtype) @ values[:, :, part]).float()
+            total = attended if total is None else total.add_(attended)
+            sums = sums + weights.sum(-1, keepdim=True)
+        assert total is not None
+        output[..., rows, :] = total.div_(sums).view_as(folded[..., rows, :])
+        log_sums[..., rows] = sums.log().add_(largest).view(*log_sums.shape[:3], -1)
     return output.flatten(1, 2), log_sums
 
 
-@torch.library.custom_op("modelworks::softcap_attention_backward", mutates_args=())
-def _softcap_backward(
+@torch.library.custom_op("modelworks::blockwise_attention_backward", mutates_args=())
+def _backward_op(
     gradient: Tensor,
     queries: Tensor,
     keys: Tensor,
@@ -172,88 +295,72 @@ def _softcap_backward(
     output: Tensor,
     log_sums: Tensor,
     scale: float,
-    softcap: float,
-    temperature: Tensor | None = None,
+    softcap: float | None,
+    window: int | None,
+    first: Tensor | None,
+    temperature: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of queries, keys and values; a block's probabilities are rebuilt from its log-sum-exp."""
+    task = _Task(scale, softcap, window, first, temperature, queries.shape[2], keys.shape[2])
     folded, upstream, attended = (_fold(tensor, keys.shape[1]) for tensor in (queries, gradient, output))
     to_queries = torch.empty_like(folded, memory_format=torch.contiguous_format)
     to_keys = torch.zeros_like(keys, memory_format=torch.contiguous_format, dtype=torch.float32)
     to_values = torch.zeros_like(to_keys)
-    offset = keys.shape[2] - queries.shape[2]
-    for start, end in _blocks(queries.shape[2]):
-        seen = offset + end
+    for rows, parts in task.blocks():
         block, above, result, sums = (
-            tensor[..., start:end, :].flatten(2, 3) for tensor in (folded, upstream, attended, log_sums.unsqueeze(-1))
+            tensor[..., rows, :].flatten(2, 3) for tensor in (folded, upstream, attended, log_sums.unsqueeze(-1))
         )  # (B, KV, G * t, D), and (B, KV, G * t, 1)
-        tangents = _tangents(block, keys[:, :, :seen], scale / softcap)  # (B, KV, G * t, s)
-        if temperature is None:
-            weights = torch.sub(tangents, sums, alpha=1 / softcap).mul_(softcap).exp_()
-        else:
-            warmth = _of_rows(temperature[start:end], tangents)
-            weights = (tangents * (softcap * warmth)).sub_(sums).exp_()
-        weights = _hide_later(weights, end - start)
         along = (above.float() * result).sum(-1, keepdim=True)
-        to_values[:, :, :seen] += weights.to(above.dtype).transpose(-1, -2) @ above
-        to_capped = (above @ values[:, :, :seen].transpose(-1, -2)).float().sub_(along).mul_(weights)
-        if temperature is not None:
-            to_capped.mul_(warmth)
-        # d tanh = 1 - tanh^2; the logits' scale is applied to the products, which are smaller.
-        to_logits = to_capped.sub_(tangents.square_().mul_(to_capped)).to(keys.dtype)
-        to_queries[..., start:end, :] = (to_logits @ keys[:, :, :seen]).view_as(folded[..., start:end, :])
-        to_keys[:, :, :seen] += to_logits.transpose(-1, -2) @ block
-    return to_queries.mul_(scale).flatten(1, 2), to_keys.mul_(scale).to(keys.dtype), to_values.to(values.dtype)
+        to_block = torch.zeros_like(block, dtype=torch.float32)
+        for part in parts:
+            logits, tangents = task.logits(block, keys[:, :, part], rows, keep=True)  # (B, KV, G * t, s)
+            weights = task.hide(logits.sub_(sums).exp_(), rows, part, 0.0)
+            to_values[:, :, part] += weights.to(above.dtype).transpose(-1, -2) @ above
+            to_logits = (above @ values[:, :, part].transpose(-1, -2)).float().sub_(along).mul_(weights)
+            to_logits = task.tempered(to_logits, rows)
+            if tangents is not None:
+                # d tanh = 1 - tanh^2; the logits' scale is applied to the products, which are smaller.
+                to_logits = to_logits.sub_(tangents.square_().mul_(to_logits))
+            to_logits = to_logits.to(keys.dtype)
+            to_block += to_logits @ keys[:, :, part]
+            to_keys[:, :, part] += to_logits.transpose(-1, -2) @ block
+        to_queries[..., rows, :] = to_block.mul_(scale).view_as(folded[..., rows, :])
+    return to_queries.flatten(1, 2), to_keys.mul_(scale).to(keys.dtype), to_values.to(values.dtype)
 
 
-@_softcap_forward.register_fake
+@_forward.register_fake
 def _(queries: Tensor, keys: Tensor, values: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     batch, heads, length, _width = queries.shape
     log_sums = queries.new_empty(batch, keys.shape[1], heads // keys.shape[1], length, dtype=torch.float32)
     return torch.empty_like(queries, memory_format=torch.contiguous_format), log_sums
 
 
-@_softcap_backward.register_fake
+@_backward_op.register_fake
 def _(gradient: Tensor, queries: Tensor, keys: Tensor, values: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     empty = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (queries, keys, values)]
     return empty[0], empty[1], empty[2]
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:3], *output)  # PyTorch passes these three by name
-    ctx.scale, ctx.softcap, ctx.temperature = inputs[3:]
+    ctx.save_for_backward(*inputs[:3], *output, *inputs[6:])  # PyTorch passes these three by name
+    ctx.numbers = inputs[3:6]
 
 
 def _backward(context: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    constants = (context.scale, context.softcap, context.temperature)
-    return *_softcap_backward(gradient, *context.saved_tensors, *constants), None, None, None
+    *kept, first, temperature = context.saved_tensors
+    found = _backward_op(gradient, *kept, *context.numbers, first, temperature)
+    return *found, None, None, None, None, None
 
 
-_softcap_forward.register_autograd(_backward, setup_context=_keep)
+_forward.register_autograd(_backward, setup_context=_keep)
+
+
+def _by_query(block: Tensor, rows: slice) -> Tensor:
+    """(B, KV, G * t, s) of t queries as (B, KV, G, t, s), in the same memory."""
+    return block.view(*block.shape[:2], -1, rows.stop - rows.start, block.shape[-1])
 
 
 def _fold(heads: Tensor, kv_heads: int) -> Tensor:
     """(B, heads, T, D) as (B, KV, G, T, D): the G heads that share one key-value head stand together."""
     batch, count, length, width = heads.shape
-    return heads.view(batch, kv_heads, count // kv_heads, length, width)
-
-
-def _of_rows(temperature: Tensor, logits: Tensor) -> Tensor:
-    """The temperature of a block's queries (t) beside its logits (B, KV, G * t, s): (G * t, 1)."""
-    return temperature.repeat(logits.shape[2] // len(temperature)).unsqueeze(-1)
-
-
-def _blocks(length: int) -> list[tuple[int, int]]:
-    return [(start, min(start + QUERY_BLOCK, length)) for start in range(0, length, QUERY_BLOCK)]
-
-
-def _tangents(block: Tensor, keys: Tensor, factor: float) -> Tensor:
-    """`tanh(factor * q k)` in fp32 of a block of queries (B, KV, G * t, D) with the keys (B, KV, s, D) up to it."""
-    return (block @ keys.transpose(-1, -2)).float().mul_(factor).tanh_()
-
-
-def _hide_later(weights: Tensor, length: int) -> Tensor:
-    """Zero, in place, the weights (B, KV, G * t, s) of the keys that stand after their query: of the last t keys."""
-    later = torch.ones(length, length, dtype=torch.bool, device=weights.device).triu(1)
-    by_query = weights.view(*weights.shape[:2], -1, length, weights.shape[-1])
-    by_query[..., -length:].masked_fill_(later, 0.0)
-    return weights
+    return heads.reshape(batch, kv_heads, count // kv_heads, length, width)

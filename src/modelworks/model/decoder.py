@@ -25,7 +25,7 @@ from modelworks.model.generation import generate
 from modelworks.model.initialization import fill
 from modelworks.model.layers import Embedding, GatedMLP, Linear, RMSNorm, to_compute_dtype
 from modelworks.model.loss import chunked_cross_entropy, head_logits
-from modelworks.model.rotary import Rotary, rotary_tables
+from modelworks.model.rotary import Documents, Rotary, packed_tables, rotary_tables
 from modelworks.model.support import refuse_unsupported
 from modelworks.spec.errors import InputError
 from modelworks.spec.model import ModelSpec
@@ -94,6 +94,8 @@ class Decoder(nn.Module):
         super().__init__()
         refuse_unsupported(spec)
         self.spec = spec
+        self.documents: Documents | None = None
+        """How the documents of packed sequences are told apart, which then don't attend to each other."""
         self.embed = Embedding(spec.vocab, spec.hidden)
         self.blocks = nn.ModuleList(Block(spec, layer) for layer in range(spec.layers))
         self.final_norm = RMSNorm(spec.hidden, spec.norm_eps)
@@ -156,7 +158,11 @@ class Decoder(nn.Module):
                 f"tokens: a sequence of {end} is too long: at most model.context = {self.spec.context} is accepted"
             )
         x = self.embed(tokens) * self.spec.embedding_multiplier  # (B, T, H)
-        rotary = rotary_tables(self.spec, start, tokens.shape[1], tokens.device)
+        rotary = (
+            packed_tables(self.spec, tokens, self.documents)
+            if cache is None
+            else rotary_tables(self.spec, start, tokens.shape[1], tokens.device)
+        )
         reports = []
         for block in self.blocks:
             x, report = block(x, rotary, cache)

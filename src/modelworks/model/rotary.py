@@ -18,14 +18,18 @@ from modelworks.spec.rope import RopeScalingSpec
 
 
 class Rotary(NamedTuple):
-    """What attention knows of each position, in fp32."""
+    """What attention has to know of positions: the rotation of each, where each one's document begins, and how warm it
+    is.
+
+    The two tables are (T, D) in fp32, or (B, 1, T, D) where sequences differ.
+    """
 
     cosine: Tensor
-    """(T, D) of its rotation."""
     sine: Tensor
-    """(T, D)"""
+    first: Tensor | None = None
+    """(B, T) int64: the first position that each may attend to; None for the sequence's first."""
     temperature: Tensor | None = None
-    """(T) what its logits are multiplied with after their cap; None for one everywhere."""
+    """(T) in fp32: what the logits of each are multiplied with after their cap; None for one everywhere."""
 
 
 def rotary_base(spec: ModelSpec, seq_len: int | None = None) -> float:
@@ -111,12 +115,43 @@ def rotary_tables(spec: ModelSpec, start: int, length: int, device: torch.device
     return rotations(spec, positions, start + length)
 
 
+class Documents(NamedTuple):
+    """How sequences that hold several documents, one behind another, are told apart."""
+
+    separator: int
+    """The token that ends each document."""
+    restart: bool = False
+    """Whether the positions of each begin at 0."""
+
+
+def document_starts(tokens: Tensor, separator: int) -> Tensor:
+    """Where in its sequence the document of each token (B, T) begins: (B, T) int64."""
+    places = torch.arange(tokens.shape[1], device=tokens.device)
+    begins = torch.zeros_like(tokens, dtype=torch.bool)
+    begins[:, 1:] = tokens[:, :-1] == separator
+    return torch.where(begins, places, 0).cummax(1).values
+
+
+def packed_tables(spec: ModelSpec, tokens: Tensor, documents: Documents | None) -> Rotary:
+    """The rotations of whole sequences of tokens (B, T), and where the documents in them begin."""
+    length = tokens.shape[1]
+    if documents is None:
+        return rotary_tables(spec, 0, length, tokens.device)
+    first = document_starts(tokens, documents.separator)
+    if not documents.restart:
+        return rotary_tables(spec, 0, length, tokens.device)._replace(first=first)
+    positions = torch.arange(length, device=tokens.device) - first  # (B, T)
+    cosine, sine, *_ = rotations(spec, positions.flatten(), length)
+    shape = (*positions.shape, -1)
+    return Rotary(cosine.view(shape).unsqueeze(1), sine.view(shape).unsqueeze(1), first)
+
+
 def rotations(spec: ModelSpec, positions: Tensor, seq_len: int) -> Rotary:
     """The rotations, and the temperature where there is one, of any positions (T) of a sequence of `seq_len` tokens."""
     frequencies = rotary_frequencies(spec, positions.device, seq_len)
     angles = torch.outer(positions.float(), frequencies).repeat(1, 2)  # (T, D)
     factor = attention_factor(spec)
-    return Rotary(angles.cos() * factor, angles.sin() * factor, temperature(spec, positions))
+    return Rotary(angles.cos() * factor, angles.sin() * factor, temperature=temperature(spec, positions))
 
 
 def temperature(spec: ModelSpec, positions: Tensor) -> Tensor | None:

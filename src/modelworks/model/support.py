@@ -24,8 +24,6 @@ def _unsupported(spec: ModelSpec) -> Iterator[tuple[str, object, str]]:
         yield "vision", spec.vision.model_dump(exclude_none=True), "leaving it out"
     if spec.latent_attention is not None:
         yield "latent_attention", spec.latent_attention.model_dump(), "leaving it out"
-    if spec.sliding_window is not None and spec.attention_softcap is not None:
-        yield "sliding_window", spec.sliding_window, "leaving it out beside attention_softcap"
     if spec.position != "rope":
         yield "position", spec.position, "'rope'"
     if spec.norm != "rms":

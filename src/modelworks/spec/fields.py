@@ -141,6 +141,23 @@ def _accepted(fault: Mapping[str, Any]) -> str:
     return stated or re.sub(r"^(Value error, |Input should be )", "", fault["msg"])
 
 
+def whole_numbers(option: str, given: str) -> list[int]:
+    """Positive whole numbers with commas between; none for nothing.
+
+    Raises
+    ------
+    InputError
+        Naming the option and the part that is no such number.
+    """
+    found = []
+    for part in filter(None, (piece.strip() for piece in given.split(","))):
+        number = part.replace("_", "")
+        if not number.isdecimal() or int(number) == 0:
+            raise InputError(f"{option} {part} is not accepted: positive whole numbers with commas between are")
+        found.append(int(number))
+    return found
+
+
 def nearest(given: str, known: Iterable[str], elsewhere: Iterable[str] = ()) -> str:
     """The hint behind a wrong name: the nearest one that is known, or all of them."""
     known = list(known)

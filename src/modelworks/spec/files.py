@@ -20,6 +20,7 @@ from modelworks.spec.home import hardware_file
 from modelworks.spec.huggingface import model_from_config
 from modelworks.spec.model import ModelSpec
 from modelworks.spec.run import RunSpec
+from modelworks.spec.stages import chain, one_stage
 
 _PRESETS: dict[str, catalog.Kind] = {"model": "models", "cluster": "clusters"}
 _OPEN_TABLES = ("simulate.causes.", "launch.environment.", "launch.kubernetes.node_selector.")
@@ -79,9 +80,16 @@ def run_from(values: Mapping[str, Any], where: str = "run spec", folder: Path | 
     if isinstance(data, Mapping):
         values["data"] = _with_paths(data, folder)
     train = values.get("train")
-    if isinstance(train, Mapping) and "/" in str(train.get("init_from", "")):
-        values["train"] = {**train, "init_from": _from_folder(str(train["init_from"]), folder)}
-    return validate(RunSpec, values, where)
+    if isinstance(train, Mapping) and isinstance(train.get("init_from"), str) and "/" in train["init_from"]:
+        values["train"] = {**train, "init_from": _from_folder(train["init_from"], folder)}
+    stages = values.get("stages")
+    if isinstance(stages, list):
+        values["stages"] = [_with_paths(stage, folder) if isinstance(stage, Mapping) else stage for stage in stages]
+    spec = validate(RunSpec, values, where)
+    if spec.stage:
+        return one_stage(spec, spec.stage)
+    chain(spec)
+    return spec
 
 
 def model_spec(name: str | Path) -> ModelSpec:

@@ -15,6 +15,7 @@ from modelworks.spec.fields import Bytes, Count, Duration, Fraction, PositiveFlo
 from modelworks.spec.hardware import ClusterSpec
 from modelworks.spec.launch import LaunchSpec
 from modelworks.spec.model import ModelSpec
+from modelworks.spec.rope import RopeScalingSpec
 from modelworks.spec.simulation import SimulateSpec
 
 Degree = PositiveInt | Literal["auto"]
@@ -76,6 +77,10 @@ class TrainSpec(Section):
     seq_len: PositiveInt = 512
     global_batch: PositiveInt = 32
     """Sequences per optimizer step."""
+    document_mask: bool = False
+    """Whether a token attends to its own document alone where a sequence holds parts of several."""
+    restart_positions: bool = False
+    """Whether the positions of each document begin at 0, with `document_mask`."""
     micro_batch: Degree = "auto"
     """Sequences per forward pass and process."""
     precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
@@ -127,6 +132,32 @@ class TrainSpec(Section):
     def steps(self) -> int:
         """Optimizer steps: tokens over tokens per step, rounded up."""
         return -(-self.tokens // self.tokens_per_step)
+
+    @model_validator(mode="after")
+    def _masked_positions(self) -> TrainSpec:
+        if self.restart_positions and not self.document_mask:
+            raise ValueError("train.restart_positions = true is not accepted without train.document_mask = true")
+        return self
+
+
+class StageSpec(Section):
+    """A later part of the training, as a run of its own: what it has otherwise than the part before it."""
+
+    name: RunName
+    """Ends the name of its run: NAME-STAGE."""
+    tokens: Count | None = None
+    seq_len: PositiveInt | None = None
+    """`model.context` grows to it where it is shorter."""
+    global_batch: PositiveInt | None = None
+    learning_rate: PositiveFloat | None = None
+    matrix_learning_rate: PositiveFloat | None = None
+    document_mask: bool | None = None
+    context: PositiveInt | None = None
+    rope_base: PositiveFloat | None = None
+    rope_scaling: RopeScalingSpec | None = None
+    """In place of the one before, as a whole."""
+    files: list[str] | None = None
+    """Text of its own, as `data.files`."""
 
 
 class ParallelSpec(Section):
@@ -213,6 +244,10 @@ class RunSpec(Section):
     model: ModelSpec
     data: DataSpec = DataSpec()
     train: TrainSpec = TrainSpec()
+    stages: list[StageSpec] = []
+    """What follows on the training, one part after another, each a run of its own (`spec.stages.chain`)."""
+    stage: str = ""
+    """The one stage that is meant, by its name: ``--set stage=16k``; all of them if empty."""
     software: str = "auto"
     """The framework that trains: its catalog name, or the path of a TOML file; `auto` is this product's own on a CPU
     and Megatron-Core elsewhere."""
@@ -229,6 +264,11 @@ class RunSpec(Section):
     @model_validator(mode="after")
     def _divisible(self) -> RunSpec:
         model, moe, train, parallel = self.model, self.model.moe, self.train, self.parallel
+        if train.restart_positions and model.attention_temperature_length is not None:
+            raise ValueError(
+                "train.restart_positions = true is not accepted with model.attention_temperature_length = "
+                f"{model.attention_temperature_length}: false is"
+            )
         if train.seq_len > model.context:
             raise ValueError(f"train.seq_len = {train.seq_len} is longer than model.context = {model.context}")
         for field, degree, what, size in (
@@ -253,6 +293,8 @@ class RunSpec(Section):
                 f"parallel.context = {context} doesn't divide train.seq_len = {train.seq_len} into two parts for each "
                 "rank, which balance a causal mask"
             )
+        if len({stage.name for stage in self.stages}) < len(self.stages):
+            raise ValueError("stages: each needs a name of its own")
         self._fits_vision()
         self._fills_stages()
         self._fills_cluster()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import psutil
 
+from modelworks.model.attention import KEY_BLOCK, QUERY_BLOCK
 from modelworks.spec.errors import InputError
 from modelworks.spec.model import ModelSpec
 from modelworks.spec.run import RunSpec
@@ -25,14 +26,14 @@ def activation_bytes(model: ModelSpec, seq_len: int) -> int:
     """About how much a sequence's forward pass keeps for its backward pass, in fp32.
 
     Per token and layer: the residual stream and its normalised copies, queries, keys, values and the attention's
-    output, and each feed-forward matrix's input and output; where attention logits are capped, also their matrix
-    (heads, T), since no fused kernel computes them.
+    output, and each feed-forward matrix's input and output. Attention keeps no matrix of logits; in the backward pass
+    three blocks of it stand in memory at a time.
     """
     width = model.heads * model.head_dim
     ffn = model.moe.top_k * model.moe.expert_hidden if model.moe else model.ffn_hidden
     per_token = 8 * model.hidden + 4 * width + 4 * model.kv_heads * model.head_dim + 4 * ffn
-    scores = 3 * model.heads * seq_len if model.attention_softcap else 0
-    return 4 * seq_len * model.layers * (per_token + scores)
+    blocks = 3 * model.heads * min(QUERY_BLOCK, seq_len) * min(KEY_BLOCK, seq_len)
+    return 4 * (seq_len * model.layers * per_token + blocks)
 
 
 def micro_batch(spec: RunSpec, layout: Layout | None = None) -> int:

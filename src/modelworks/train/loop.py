@@ -23,9 +23,11 @@ from torch import Tensor
 
 from modelworks.data.packed import PackedDataset
 from modelworks.data.preparation import prepare
+from modelworks.data.tokenizer import separator_of
 from modelworks.model import checkpoint
 from modelworks.model.decoder import Decoder, Losses
 from modelworks.model.initial import FOLDER, TOKENIZER, InitialWeights
+from modelworks.model.rotary import Documents
 from modelworks.spec.errors import InputError, OperationError
 from modelworks.spec.flops import training_flop_per_token
 from modelworks.spec.home import data_folder, write_atomically
@@ -112,6 +114,16 @@ def refuse_unsupported(spec: RunSpec, processes: int) -> None:
             "for each"
         )
     one = layout(spec, processes)
+    if spec.train.document_mask and one.pipeline > 1:
+        raise InputError(
+            f"train.document_mask = true is not accepted with parallel.pipeline = {one.pipeline}, whose later stages "
+            "don't see the tokens: 1 is"
+        )
+    if spec.train.restart_positions and spec.model.attention_temperature_length is not None:
+        raise InputError(
+            "train.restart_positions = true is not accepted with model.attention_temperature_length, which counts from "
+            "a sequence's beginning: false is"
+        )
     if spec.train.compile is True and (reason := _not_compiled(spec, one)):
         raise InputError(f"train.compile = true is not accepted with {reason}: auto is")
 
@@ -158,6 +170,9 @@ class Trainer:
         torch.manual_seed(self.train_spec.seed)
         with torch.device("meta"):
             self.decoder = Decoder(self.spec.model)
+        if self.train_spec.document_mask:
+            separator = separator_of(self.data.tokenizer_file)
+            self.decoder.documents = Documents(separator, self.train_spec.restart_positions)
         resumes = session.resume and bool(checkpoint.folders(self.folder))
         initial = None if resumes or self.train_spec.init_from is None else InitialWeights(self.folder / FOLDER)
         self.parallel.apply(

@@ -24,7 +24,7 @@ import psutil
 import tomli_w
 import torch
 
-from modelworks.model.attention import fused_attention, softcap_attention
+from modelworks.model.attention import attention
 from modelworks.model.decoder import Decoder, Losses
 from modelworks.spec.errors import OperationError
 from modelworks.spec.files import device_spec
@@ -180,11 +180,7 @@ def attention_times(precision: Precision) -> list[AttentionTime]:
             softcap: bool = softcap,
         ) -> None:
             scale = 0.125
-            output = (
-                softcap_attention(queries, keys, values, scale, 30.0)
-                if softcap
-                else fused_attention(queries, keys, values, scale)
-            )
+            output = attention(queries, keys, values, scale, 30.0 if softcap else None)
             torch.autograd.grad(output, (queries, keys, values), above)
 
         times.append(

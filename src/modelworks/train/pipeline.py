@@ -26,6 +26,7 @@ from torch.distributed.pipelining import (
 
 from modelworks.model.decoder import Decoder, Losses
 from modelworks.model.experts import RouterReport
+from modelworks.model.rotary import rotary_tables
 from modelworks.train.layout import Layout, deal_layers
 from modelworks.train.split_network import Groups, SplitForward
 
@@ -60,7 +61,7 @@ class Stage(nn.Module):
         """From the stage's summands of the losses to its summand of what is minimised."""
         self.reported: list[Losses] = []
         """Of each forward pass, until they are taken."""
-        self._passes = SplitForward(decoder, groups)
+        self._passes, self._spec = SplitForward(decoder, groups), decoder.spec
 
     def forward(self, x: Tensor, targets: Tensor) -> Tensor:
         """From the residual stream, or on the first stage the tokens, to the stream after the stage's layers.
@@ -69,7 +70,8 @@ class Stage(nn.Module):
         """
         with self._autocast():
             x = self._passes.embed(x) if self.first else x
-            x, reports = self._passes.layers(self.blocks, x, targets.shape[1])
+            rotary = rotary_tables(self._spec, 0, targets.shape[1], x.device)
+            x, reports = self._passes.layers(self.blocks, x, rotary)
             losses = self._losses(reports, self._passes.cross_entropy(x, targets) if self.last else None, x.device)
         self.reported.append(Losses(*(part.detach() for part in losses)))
         if self.last:

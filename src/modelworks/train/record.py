@@ -93,6 +93,11 @@ class RunRecord:
             known = [record.name for record in list_runs()]
             raise InputError(f"there is no run {str(run)!r}; {nearest(path.name, known)}")
 
+    @staticmethod
+    def exists(name: str) -> bool:
+        """Whether there is a run of that name."""
+        return (runs_folder() / name / "run.toml").is_file()
+
     @property
     def name(self) -> str:
         """The run's name: that of its folder."""

@@ -31,7 +31,7 @@ from modelworks.model.experts import (
 )
 from modelworks.model.layers import to_compute_dtype
 from modelworks.model.loss import CHUNK, chunked_cross_entropy
-from modelworks.model.rotary import Rotary, rotary_tables
+from modelworks.model.rotary import Rotary, packed_tables
 from modelworks.train.exchange import exchange, gather, scale_gradient, scatter_sum
 
 
@@ -112,7 +112,8 @@ class SplitForward:
 
     def __call__(self, tokens: Tensor, targets: Tensor) -> Losses:
         """The losses of sequences (B, T), the same on all tensor ranks; a context rank's are those of its positions."""
-        x, reports = self.layers(self._decoder.blocks, self.embed(tokens), tokens.shape[1])
+        rotary = packed_tables(self._decoder.spec, tokens, self._decoder.documents)
+        x, reports = self.layers(self._decoder.blocks, self.embed(tokens), rotary)
         return Losses(self.cross_entropy(x, targets), *_means(reports, x))
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -127,12 +128,13 @@ class SplitForward:
         rows = F.embedding(local.where(here, 0), weight) * here.unsqueeze(-1)
         return scatter_sum(rows, 1, group) * self._decoder.spec.embedding_multiplier
 
-    def layers(self, blocks: Iterable[nn.Module], x: Tensor, seq_len: int) -> tuple[Tensor, list[RouterReport]]:
-        """The residual stream after some layers, and their routers' reports on sequences of `seq_len` tokens."""
-        whole = rotary_tables(self._decoder.spec, 0, seq_len, x.device)
-        cosine, sine = (of_rank(table, 0, self._groups.context) for table in whole[:2])
-        temperature = None if whole.temperature is None else of_rank(whole.temperature, 0, self._groups.context)
-        rotary = Rotary(cosine, sine, temperature)
+    def layers(self, blocks: Iterable[nn.Module], x: Tensor, rotary: Rotary) -> tuple[Tensor, list[RouterReport]]:
+        """The residual stream after some layers, and their routers' reports; `rotary` is of whole sequences."""
+        group = self._groups.context
+        cosine, sine = (of_rank(table, -2, group) for table in rotary[:2])
+        first, temperature = rotary.first, rotary.temperature
+        first = None if first is None else of_rank(first, 1, group)
+        rotary = Rotary(cosine, sine, first, None if temperature is None else of_rank(temperature, 0, group))
         cache: Any = _GatheredKeys(self._groups.context) if self._groups.context.size() > 1 else None
         reports = []
         for block in blocks:
@@ -178,14 +180,21 @@ def _attend_in_chunks(attention: Attention, group: ProcessGroup) -> None:
     """Let each of a context rank's two chunks attend to the keys up to its own end."""
     attend = attention.attend
 
-    def in_chunks(queries: Tensor, keys: Tensor, values: Tensor, temperature: Tensor | None = None) -> Tensor:
-        """From one's queries (B, heads, T / c, D) and their temperature, and all keys and values (B, KV, T, D)."""
+    def in_chunks(
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        first: Tensor | None = None,
+        temperature: Tensor | None = None,
+    ) -> Tensor:
+        """From one's queries (B, heads, T / c, D) and all keys and values (B, KV, T, D)."""
         length = keys.shape[2] // (2 * group.size())
         ends = ((group.rank() + 1) * length, keys.shape[2] - group.rank() * length)
+        firsts = (None, None) if first is None else first.chunk(2, 1)
         temperatures = (None, None) if temperature is None else temperature.chunk(2)
         attended = [
-            attend(chunk, keys[:, :, :end], values[:, :, :end], warmth)
-            for chunk, end, warmth in zip(queries.chunk(2, 2), ends, temperatures, strict=True)
+            attend(chunk, keys[:, :, :end], values[:, :, :end], begins, warmth)
+            for chunk, begins, end, warmth in zip(queries.chunk(2, 2), firsts, ends, temperatures, strict=True)
         ]
         return torch.cat(attended, 2)
 
