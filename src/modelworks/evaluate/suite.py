@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,9 +136,7 @@ def evaluate(
     report = head | {"cells": rows}
     if task != "position-perplexity":
         report["by_length"] = {
-            str(length): sum(row["score"] for row in rows if row["length"] == length)
-            / sum(row["length"] == length for row in rows)
-            for length in lengths
+            str(length): statistics.fmean(row["score"] for row in rows if row["length"] == length) for length in lengths
         }
     done.finish(report)
     return report
