@@ -2,11 +2,11 @@
 
 Text is generated for each stage, in which numbers are paired with words and asked for again over the distances of that
 stage, among lines of the standard library (its held-out files left to the evaluation); `modelworks train` trains the
-stages of examples/long-context.toml; and base and extended model are asked at all lengths and depths, the base at the
+stages of examples/needle.toml; and base and extended model are asked at all lengths and depths, the base at the
 longer lengths both as it is and with a larger rotary base alone.
 
     python benchmarks/needle.py text examples/needle
-    modelworks train examples/long-context.toml
+    modelworks train examples/needle.toml
     python benchmarks/needle.py ask --plot needle.svg --json needle.json
 """
 

@@ -96,4 +96,4 @@ def test_a_tower_that_cannot_be_is_refused_by_name(changed: dict[str, int], sent
 def test_the_decoder_refuses_what_it_does_not_build() -> None:
     grok = model_spec("grok-tiny")
     with pytest.raises(InputError, match="is not implemented by the decoder"):
-        refuse_unsupported(grok.model_copy(update={"sliding_window": grok.context // 2}))
+        refuse_unsupported(grok.model_copy(update={"position": "learned"}))
