@@ -120,7 +120,7 @@ def evaluate(
     cells = list(_cells(task, lengths, depths))
     haystack = Haystack(model.encode)
     done = _Kept(out, head)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for number, cell in enumerate(cells):
         measured = done.found.get(cell.key)
         if measured is None:
