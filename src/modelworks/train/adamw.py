@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
+from modelworks.train.parallelize import local
 from modelworks.train.rounding import Part, keep, noise_of
 
 _BLOCK = 1 << 18
@@ -66,7 +66,7 @@ class LowAdamW(torch.optim.Optimizer):
         return loss
 
     def _update(self, parameter: Tensor, to_parameter: Tensor, group: dict[str, Any]) -> None:
-        weight, gradient = _local(parameter), _local(to_parameter)
+        weight, gradient = local(parameter), local(to_parameter)
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), device=weight.device)
@@ -92,7 +92,3 @@ class LowAdamW(torch.optim.Optimizer):
             weight[here].mul_(1.0 - lr * group["weight_decay"]).addcdiv_(first, denominator, value=-size)
             for kind, moment, noise in zip(("exp_avg", "exp_avg_sq"), (first, second), noises, strict=True):
                 keep(state[kind][here], moment, [noise[0][here], *noise[1:]])
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from modelworks.train.parallelize import local
 from modelworks.train.rounding import Part, keep, noise_of
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -105,13 +106,13 @@ class Muon(torch.optim.Optimizer):
         momentum.lerp_(gradient, 1 - group["momentum"])
         update = self.whole(parameter, gradient.lerp(momentum, group["momentum"]))
         if self.rounded is not None and not parameter.is_meta:
-            part, values = self.rounded(parameter), _local(momentum)
+            part, values = self.rounded(parameter), local(momentum)
             noise = noise_of(replace(part, name=f"{part.name}/momentum"), values, self.seed, self.now)
-            keep(_local(state["momentum"]), values, noise)
+            keep(local(state["momentum"]), values, noise)
         rows, columns = update.shape[-2:]
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         alpha = -group["lr"] * max(1.0, rows / columns) ** 0.5
-        _local(parameter).add_(_local(self._orthogonal(update)), alpha=alpha)
+        local(parameter).add_(local(self._orthogonal(update)), alpha=alpha)
 
     def _orthogonal(self, update: Tensor) -> Tensor:
         """`orthogonalize`, also of an update that is split over processes.
@@ -123,13 +124,9 @@ class Muon(torch.optim.Optimizer):
             return orthogonalize(update, dtype=self._dtype)
         split = {placement.dim for placement in update.placements if isinstance(placement, Shard)}
         if split and max(split) < update.ndim - 2:
-            local = orthogonalize(update.to_local(), dtype=self._dtype)
+            part = orthogonalize(update.to_local(), dtype=self._dtype)
             return DTensor.from_local(
-                local, update.device_mesh, update.placements, shape=update.shape, stride=update.stride()
+                part, update.device_mesh, update.placements, shape=update.shape, stride=update.stride()
             )
         whole = orthogonalize(update.full_tensor(), dtype=self._dtype)
         return distribute_tensor(whole, update.device_mesh, update.placements, src_data_rank=None)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

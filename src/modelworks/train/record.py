@@ -259,13 +259,8 @@ def own_process() -> dict[str, Any]:
 
 def parent_process() -> dict[str, Any]:
     """The identity of the process that started this one, as fields of a `Status`."""
-    return _identity(psutil.Process(parent_id()))
-
-
-def parent_id() -> int:
-    """The process that started this one; a fork server between them doesn't count."""
-    parent = multiprocessing.parent_process()
-    return os.getppid() if parent is None or parent.pid is None else parent.pid
+    parent = multiprocessing.parent_process()  # A fork server between the two doesn't count.
+    return _identity(psutil.Process(os.getppid() if parent is None else parent.pid))
 
 
 def _identity(process: psutil.Process) -> dict[str, Any]:
