@@ -838,10 +838,16 @@ def _up(
     host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 lets others in.")] = "127.0.0.1",
     no_run: Annotated[bool, typer.Option("--no-run", help="Don't train the first run in the background.")] = False,
     allow_host: HostNames = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The engines that answer, as a TOML file; SIGHUP reads it again."),
+    ] = None,
     check: Annotated[bool, typer.Option("--check", help="Walk the whole line once, headless, and report.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Start the web app, with a model to talk to and a first run to watch.
+
+    Once there are users (modelworks users add), its pages ask for a name and a password.
 
     With --check it walks the same line without a browser, in a temporary folder unless MODELWORKS_HOME is set, and
     exits with 1 if a stage fails.
@@ -865,7 +871,7 @@ def _up(
         return
     from modelworks.web.up import up
 
-    up(host, port, not no_run, console, allow_host or [])
+    up(host, port, not no_run, console, allow_host or [], config)
 
 
 def main() -> None:

@@ -13,20 +13,22 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
-from sqlalchemy import delete, func, select
+from sqlalchemy import CursorResult, delete, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from modelworks.assistant import tiers as tier_book
 from modelworks.assistant.database import Database
 from modelworks.assistant.passwords import Lockout, hashed, matches, network
-from modelworks.assistant.tables import AuditRow, KeyRow, TeamRow, UserRow
+from modelworks.assistant.tables import AttemptRow, AuditRow, Base, ConversationRow, KeyRow, TeamRow, UserRow
 from modelworks.serve.access import SCOPES, Principal, Tier
 from modelworks.serve.errors import RequestError
-from modelworks.spec.errors import InputError
+from modelworks.spec.errors import InputError, OperationError
 
 COMMAND_LINE = "command line"
+REMOVED = "(removed)"
+"""Stands for a user's name where it was taken out."""
 SIGN_IN_S = 12 * 3600.0
 """How long a sign-in lasts."""
 DEFAULT_SCOPES = ("generate", "embed", "models", "account")
@@ -50,6 +52,20 @@ class User:
     disabled: bool
     has_password: bool
     created: float
+    issuer: str | None = None
+    """The OpenID provider that the user signs in with."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What an OpenID provider says of somebody, as far as accounts go."""
+
+    issuer: str
+    subject: str
+    name: str
+    tier: str = "free"
+    team: str | None = None
+    admin: bool = False
 
 
 @dataclass(frozen=True)
@@ -178,11 +194,89 @@ class Accounts:
                 key.revoked = key.revoked or now
             self._note(session, actor, "set password", name)
 
-    def remove_user(self, name: str, actor: str = COMMAND_LINE) -> None:
-        """Remove a user with all keys and all record of what was used."""
+    def remove_user(self, name: str, actor: str = COMMAND_LINE, everything: bool = False) -> None:
+        """Remove a user with all keys, conversations, and all record of what was used.
+
+        What was done by or to the user stays in the audit log, unless it is to be `everything`: then the name is
+        taken out of it, and failed sign-ins under that name are forgotten.
+        """
         with self.database.write() as session:
-            session.execute(delete(UserRow).where(UserRow.id == _user_row(session, name).id))
-            self._note(session, actor, "remove user", name)
+            row = _user_row(session, name)
+            name, user_id = row.name, row.id
+            for table in Base.metadata.tables.values():
+                if "user_id" in table.columns:
+                    session.execute(delete(table).where(table.c.user_id == user_id))
+            session.execute(delete(UserRow).where(UserRow.id == user_id))
+            if everything:
+                self._forget(session, name)
+            self._note(session, actor, "remove user", REMOVED if everything else name)
+
+    def _forget(self, session: Session, name: str) -> None:
+        """Take a name out of the audit log and of the failed attempts."""
+        session.execute(update(AuditRow).where(func.lower(AuditRow.actor) == name.lower()).values(actor=REMOVED))
+        whole = re.compile(rf"(?<![A-Za-z0-9._@+-]){re.escape(name)}(?![A-Za-z0-9._@+-])", re.IGNORECASE)
+        for row in session.scalars(select(AuditRow).where(AuditRow.subject.icontains(name, autoescape=True))):
+            row.subject = whole.sub(REMOVED, row.subject)
+        mine = f"sign-in {name.lower()}"
+        own = or_(AttemptRow.subject == mine, AttemptRow.subject.startswith(f"{mine} from ", autoescape=True))
+        session.execute(delete(AttemptRow).where(own))
+
+    def give_conversations(self, name: str, actor: str = COMMAND_LINE) -> int:
+        """Give a user the conversations from before there were users; returns how many."""
+        with self.database.write() as session:
+            row = _user_row(session, name)
+            ownerless = update(ConversationRow).where(ConversationRow.user_id.is_(None)).values(user_id=row.id)
+            given = cast("CursorResult[Any]", session.execute(ownerless)).rowcount
+            self._note(session, actor, "give conversations", f"{row.name}: {given}")
+            return given
+
+    def identified(self, identity: Identity, actor: str) -> User:
+        """The user of an OpenID provider's subject; made if it is the first time, and brought up to date.
+
+        A user of that name who signs in otherwise is left alone: the new one gets a number behind the name, so that
+        a provider's word alone takes over nobody's account.
+
+        Raises
+        ------
+        RequestError
+            403, if the account is closed.
+        """
+        with self.database.write() as session:
+            known = select(UserRow).where(UserRow.issuer == identity.issuer, UserRow.subject == identity.subject)
+            row = session.scalar(known)
+            tier = tier_book.tier_named(session, identity.tier).name
+            team = self._team(session, identity.team)
+            if row is None:
+                row = UserRow(
+                    id=secrets.token_hex(8),
+                    name=_free_name(session, identity.name),
+                    password=None,
+                    tier=tier,
+                    team_id=team,
+                    admin=identity.admin,
+                    disabled=False,
+                    created=self._clock(),
+                    issuer=identity.issuer,
+                    subject=identity.subject,
+                )
+                session.add(row)
+                session.flush()
+                self._note(session, actor, "add user", f"{row.name} {tier=} admin={identity.admin}")
+            elif row.disabled:
+                raise RequestError("this account is closed", status=403, code="account_closed")
+            elif (row.tier, row.team_id, row.admin) != (tier, team, identity.admin):
+                row.tier, row.team_id, row.admin = tier, team, identity.admin
+                session.flush()
+                self._note(session, actor, "change user", f"{row.name} {tier=} admin={identity.admin}")
+            return _user(session, row)
+
+    def sign_in_as(self, user: User, how: str) -> str:
+        """A session for a user whom somebody else has vouched for; returns the whole key."""
+        with self.database.write() as session:
+            row = session.get_one(UserRow, user.id)
+            key, whole = self._new_key(session, row, "sign-in", SCOPES if row.admin else DEFAULT_SCOPES, SIGN_IN_S)
+            self._note(session, row.name, f"sign in with {how}"[:64], key.prefix)
+            return whole
 
     # --- keys
 
@@ -306,6 +400,23 @@ class Accounts:
             self._used(identity, now)
         return principal
 
+    def still(self, key_id: str) -> Principal:
+        """Whose key it is now, of one that has been recognised before; its user may have another tier by now.
+
+        Raises
+        ------
+        RequestError
+            401 if it is no longer valid.
+        """
+        now = self._clock()
+        with self.database.read() as session:
+            row = session.get(KeyRow, key_id)
+            if row is not None and row.revoked is None and (row.expires is None or now < row.expires):
+                user = session.get_one(UserRow, row.user_id)
+                if not user.disabled:
+                    return self._principal(session, user, row)
+        raise RequestError("this sign-in has ended", status=401, code="invalid_api_key")
+
     def _principal(self, session: Session, user: UserRow, key: KeyRow) -> Principal:
         scopes = frozenset(key.scopes.split()) - (frozenset() if user.admin else {"admin"})
         tier = tier_book.tier_named(session, user.tier)
@@ -375,6 +486,11 @@ class Accounts:
             rows = session.scalars(select(AuditRow).order_by(AuditRow.id.desc()).limit(last))
             return [{"at": row.at, "actor": row.actor, "action": row.action, "subject": row.subject} for row in rows]
 
+    def note(self, actor: str, action: str, subject: str) -> None:
+        """Write down what was done elsewhere, such as a reload of the configuration."""
+        with self.database.write() as session:
+            self._note(session, actor, action, subject)
+
     def _note(self, session: Session, actor: str, action: str, subject: str) -> None:
         session.add(AuditRow(at=self._clock(), actor=actor, action=action, subject=subject))
 
@@ -403,9 +519,20 @@ def _user_row(session: Session, name: str) -> UserRow:
     return row
 
 
+def _free_name(session: Session, wanted: str) -> str:
+    """A name that nobody has, made of the one that is wanted."""
+    name = re.sub(r"[^A-Za-z0-9._@+-]", "-", wanted).lstrip("._@+-")[:56] or "user"
+    for number in range(1, 1_000_000):
+        tried = name if number == 1 else f"{name}-{number}"
+        if not session.scalar(select(UserRow.id).where(func.lower(UserRow.name) == tried.lower())):
+            return tried
+    raise OperationError(f"there are too many users by the name {name}")
+
+
 def _user(session: Session, row: UserRow) -> User:
     team = session.get_one(TeamRow, row.team_id).name if row.team_id else None
-    return User(row.id, row.name, row.tier, team, row.admin, row.disabled, row.password is not None, row.created)
+    known = row.password is not None
+    return User(row.id, row.name, row.tier, team, row.admin, row.disabled, known, row.created, row.issuer)
 
 
 def _key(row: KeyRow, user: str) -> Key:

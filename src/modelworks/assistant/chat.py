@@ -8,6 +8,7 @@ the conversation stands as it was at most half a second before.
 from __future__ import annotations
 
 import asyncio
+import copy
 import time
 from collections.abc import Sequence
 from contextlib import aclosing
@@ -63,6 +64,12 @@ class Assistant:
         self._sampling = sampling or {}
         self._running: dict[str, Answer] = {}
         store.interrupt_unfinished()
+
+    def of(self, user_id: str, engine: Engine) -> Assistant:
+        """The same assistant as one user has it: the user's conversations alone, and an engine that knows who asks."""
+        own = copy.copy(self)
+        own.store, own.engine = self.store.of(user_id), engine
+        return own
 
     def running(self, conversation_id: str) -> Answer | None:
         """The answer that is being written in a conversation, if one is."""

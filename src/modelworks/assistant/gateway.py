@@ -6,7 +6,6 @@ The database works in threads, so that the streams of others don't wait for a co
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -73,6 +72,10 @@ class AccountAccess:
         """Put down what it has used."""
         await _in_thread(self.ledger.settle, grant, outcome)
 
+    async def note(self, actor: str, action: str, subject: str) -> None:
+        """Write down an administrative act."""
+        await _in_thread(self.accounts.note, actor, action, subject)
+
 
 def access_if_wanted() -> AccountAccess | None:
     """The accounts, if this installation has users; None if it has none, and all is open."""
@@ -85,26 +88,6 @@ def access_if_wanted() -> AccountAccess | None:
         database.close()
         return None
     return AccountAccess(accounts, Ledger(database))
-
-
-def check_open(host: str) -> None:
-    """Refuse to open what asks for no key to a network, once there are users.
-
-    Raises
-    ------
-    InputError
-        If the host isn't this machine alone, and there are users.
-    """
-    try:
-        alone = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        alone = False
-    if not alone and (access := access_if_wanted()) is not None:
-        access.accounts.database.close()
-        raise InputError(
-            f"--host {host} is not accepted: there are users, and the web app asks nobody who they are; "
-            "127.0.0.1 is accepted here, and modelworks serve asks for keys"
-        )
 
 
 class _Body(BaseModel):

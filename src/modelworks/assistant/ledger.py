@@ -12,11 +12,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from sqlalchemy import case, func, select, update
+from sqlalchemy import BigInteger, case, cast, delete, func, select, update
 from sqlalchemy.orm import Session
 
 from modelworks.assistant.database import Database
-from modelworks.assistant.tables import TeamRow, UsageRow, UserRow
+from modelworks.assistant.tables import ConversationRow, TeamRow, UsageRow, UserRow
+from modelworks.assistant.tiers import tiers
 from modelworks.serve.access import Grant, Outcome, Principal, Tier, Wanted
 from modelworks.serve.errors import RequestError
 from modelworks.spec.errors import InputError
@@ -188,6 +189,44 @@ class Ledger:
         keys = ("user", "team", "model", "requests", "failed", "prompt_tokens", "cached_tokens", "completion_tokens")
         with self._database.read() as session:
             return [dict(zip(keys, row, strict=True)) for row in session.execute(query)]
+
+
+def used_by_day(database: Database, days: int, now: float) -> list[dict[str, Any]]:
+    """What was used on each day (of UTC) and by whom, the earliest first: requests and tokens."""
+    day = cast(UsageRow.at, BigInteger) // int(DAY_S)
+    tokens = func.sum(UsageRow.prompt_tokens + UsageRow.completion_tokens)
+    first = now // DAY_S - days + 1
+    query = (
+        select(day, UserRow.name, func.count(), tokens)
+        .join(UserRow, UsageRow.user_id == UserRow.id)
+        .where(UsageRow.at >= first * DAY_S, ~UsageRow.open)
+        .group_by(day, UserRow.name)
+        .order_by(day, UserRow.name)
+    )
+    with database.read() as session:
+        rows = session.execute(query).all()
+    return [{"day": int(row[0]), "user": row[1], "requests": row[2], "tokens": int(row[3])} for row in rows]
+
+
+def prune(database: Database, now: float, conversations_s: float | None, requests_s: float | None) -> dict[str, int]:
+    """Remove conversations that nobody has touched for so long, and requests that ended as long ago.
+
+    Requests that a limit still counts are kept in any case: those of a day, and of the longest window of a tier.
+    """
+    removed = {"conversations": 0, "requests": 0}
+    with database.write() as session:
+        if conversations_s is not None:
+            old = delete(ConversationRow).where(ConversationRow.updated < now - conversations_s)
+            removed["conversations"] = _count(session.execute(old))
+        if requests_s is not None:
+            kept_s = max(requests_s, DAY_S, *(tier.window_s for tier in tiers(session).values()))
+            ended = delete(UsageRow).where(UsageRow.at < now - kept_s, UsageRow.alive < now - _DEAD_S)
+            removed["requests"] = _count(session.execute(ended))
+    return removed
+
+
+def _count(result: Any) -> int:
+    return int(result.rowcount)
 
 
 def _was_answered() -> Any:

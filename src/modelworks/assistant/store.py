@@ -6,6 +6,7 @@ wrote survives a crash of this process or of the machine.
 
 from __future__ import annotations
 
+import copy
 import secrets
 import time
 from collections.abc import Callable
@@ -69,6 +70,13 @@ class ConversationStore:
     def __init__(self, where: Path | str, clock: Callable[[], float] = time.time) -> None:
         self._database = Database(where)
         self._clock = clock
+        self._owner: str | None = None
+
+    def of(self, user_id: str) -> ConversationStore:
+        """The same store as one user has it: nobody else's conversation is there, whatever its id."""
+        own = copy.copy(self)
+        own._owner = user_id
+        return own
 
     def close(self) -> None:
         """Let go of the database."""
@@ -77,6 +85,8 @@ class ConversationStore:
     def conversations(self, containing: str = "") -> list[Conversation]:
         """All conversations, the latest first; only those whose title or messages contain a text, if given."""
         query = select(ConversationRow).order_by(ConversationRow.updated.desc(), ConversationRow.id)
+        if self._owner is not None:
+            query = query.where(ConversationRow.user_id == self._owner)
         if containing:
             spoken = select(MessageRow.conversation_id).where(MessageRow.content.icontains(containing, autoescape=True))
             titled = ConversationRow.title.icontains(containing, autoescape=True)
@@ -93,13 +103,19 @@ class ConversationStore:
             If there is none of that id.
         """
         with self._database.read() as session:
-            return _conversation(_row(session, conversation_id))
+            return _conversation(self._row(session, conversation_id))
 
     def create(self, model: str) -> Conversation:
         """A new, empty conversation."""
         now = self._clock()
         row = ConversationRow(
-            id=secrets.token_urlsafe(9), title=UNTITLED, model=model, leaf_id=None, created=now, updated=now
+            id=secrets.token_urlsafe(9),
+            user_id=self._owner,
+            title=UNTITLED,
+            model=model,
+            leaf_id=None,
+            created=now,
+            updated=now,
         )
         with self._database.write() as session:
             session.add(row)
@@ -111,17 +127,20 @@ class ConversationStore:
         if not title.strip():
             raise InputError("a conversation's title can't be empty")
         with self._database.write() as session:
-            _row(session, conversation_id).title = title.strip()
+            self._row(session, conversation_id).title = title.strip()
 
     def choose_model(self, conversation_id: str, model: str) -> None:
         """Remember which model the conversation goes on with."""
         with self._database.write() as session:
-            _row(session, conversation_id).model = model
+            self._row(session, conversation_id).model = model
 
     def delete(self, conversation_id: str) -> None:
         """Remove a conversation and its messages; nothing happens if it is gone already."""
         with self._database.write() as session:
-            session.execute(delete(ConversationRow).where(ConversationRow.id == conversation_id))
+            gone = delete(ConversationRow).where(ConversationRow.id == conversation_id)
+            if self._owner is not None:
+                gone = gone.where(ConversationRow.user_id == self._owner)
+            session.execute(gone)
 
     def add(
         self,
@@ -143,7 +162,7 @@ class ConversationStore:
         """
         now = self._clock()
         with self._database.write() as session:
-            conversation = _row(session, conversation_id)
+            conversation = self._row(session, conversation_id)
             if parent_id is not None:
                 _message_row(session, conversation_id, parent_id)
             row = MessageRow(
@@ -178,13 +197,14 @@ class ConversationStore:
     def thread(self, conversation_id: str) -> list[Message]:
         """The branch of a conversation that is shown, from its first message to its last."""
         with self._database.read() as session:
-            leaf_id = _row(session, conversation_id).leaf_id
+            leaf_id = self._row(session, conversation_id).leaf_id
             messages = _messages(session, conversation_id)
         return _path(messages, leaf_id)
 
     def path(self, conversation_id: str, message_id: int) -> list[Message]:
         """The messages that lead to one, itself included."""
         with self._database.read() as session:
+            self._row(session, conversation_id)
             _message_row(session, conversation_id, message_id)
             messages = _messages(session, conversation_id)
         return _path(messages, message_id)
@@ -192,7 +212,7 @@ class ConversationStore:
     def show(self, conversation_id: str, message_id: int) -> None:
         """Show the branch of a message, down to the latest message below it."""
         with self._database.write() as session:
-            conversation = _row(session, conversation_id)
+            conversation = self._row(session, conversation_id)
             _message_row(session, conversation_id, message_id)
             below = {message_id}
             for message in _messages(session, conversation_id).values():
@@ -210,6 +230,12 @@ class ConversationStore:
                 row.notice = "The server ended while this was being written."
             return len(unfinished)
 
+    def _row(self, session: Session, conversation_id: str) -> ConversationRow:
+        row = session.get(ConversationRow, conversation_id)
+        if row is None or (self._owner is not None and row.user_id != self._owner):
+            raise InputError(f"there is no conversation {conversation_id!r}")
+        return row
+
 
 def title_of(text: str) -> str:
     """A conversation's title: the first line of its first message, cut at a word."""
@@ -218,13 +244,6 @@ def title_of(text: str) -> str:
         return line
     cut = line[:TITLE_LENGTH]
     return (cut.rsplit(" ", 1)[0] if " " in cut[TITLE_LENGTH // 2 :] else cut).rstrip(" ,;:.") + "…"
-
-
-def _row(session: Session, conversation_id: str) -> ConversationRow:
-    row = session.get(ConversationRow, conversation_id)
-    if row is None:
-        raise InputError(f"there is no conversation {conversation_id!r}")
-    return row
 
 
 def _message_row(session: Session, conversation_id: str, message_id: int) -> MessageRow:

@@ -36,9 +36,11 @@ class ConversationRow(Base):
     """One conversation."""
 
     __tablename__ = "conversations"
-    __table_args__ = (Index("ix_conversations_updated", "updated"),)
+    __table_args__ = (Index("ix_conversations_updated", "updated"), Index("ix_conversations_user_id", "user_id"))
 
     id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    user_id: Mapped[str | None] = mapped_column(String(32))
+    """Whose it is; none where there are no users. Removing a user removes it (`Accounts.remove_user`)."""
     title: Mapped[str] = mapped_column(Text)
     model: Mapped[str] = mapped_column(Text)
     """The model that was chosen last."""
@@ -98,6 +100,7 @@ class UserRow(Base):
     """Somebody who may use the gateway."""
 
     __tablename__ = "users"
+    __table_args__ = (Index("ix_users_subject", "issuer", "subject", unique=True),)
 
     id: Mapped[str] = mapped_column(String(32), primary_key=True)
     name: Mapped[str] = mapped_column(String(64), unique=True)
@@ -108,6 +111,10 @@ class UserRow(Base):
     admin: Mapped[bool] = mapped_column(Boolean)
     disabled: Mapped[bool] = mapped_column(Boolean)
     created: Mapped[float] = mapped_column(Float)
+    issuer: Mapped[str | None] = mapped_column(Text)
+    """The OpenID provider that the user signs in with; none if it is a password."""
+    subject: Mapped[str | None] = mapped_column(Text)
+    """What that provider calls the user, for good."""
 
 
 class KeyRow(Base):

@@ -142,6 +142,9 @@ class Access(Protocol):
     async def settle(self, grant: Grant, outcome: Outcome) -> None:
         """Put what a request has used in the place of what was set aside."""
 
+    async def note(self, actor: str, action: str, subject: str) -> None:
+        """Write down an administrative act: who did what to what."""
+
 
 def scope_of(path: str) -> str:
     """The scope that a path needs."""
@@ -153,6 +156,8 @@ def scope_of(path: str) -> str:
 
 class KeysOnly:
     """Lets a request through if its key may do what it asks; the others get 401 or 403 and OpenAI's error shape.
+
+    What a layer outside of this one has admitted (``state["admitted"]``: the pages, by their sign-in) passes.
 
     Parameters
     ----------
@@ -173,6 +178,9 @@ class KeysOnly:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it."""
+        if scope["type"] in {"http", "websocket"} and (scope.get("state") or {}).get("admitted"):
+            await self._app(scope, receive, send)
+            return
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008, "reason": "a key is needed"})
             return

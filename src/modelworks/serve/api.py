@@ -21,7 +21,7 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from modelworks import __version__
 from modelworks.serve.access import Access, KeysOnly, Outcome, principal_of
@@ -54,6 +54,7 @@ def create_app(
     access: Access | None = None,
     queue: FairQueue | None = None,
     routers: Collection[APIRouter] = (),
+    door: Callable[[ASGIApp], ASGIApp] | None = None,
 ) -> FastAPI:
     """The application: ``/v1/*``, ``/health`` and ``/metrics``; the rest of the paths is free for pages.
 
@@ -75,6 +76,9 @@ def create_app(
         Where requests wait for the engine; without it they wait in the engine.
     routers : collection of APIRouter, optional
         More routes under ``/v1``, such as those of the accounts.
+    door : callable, optional
+        What lets people in to the pages, where there are any: a layer around the application, inside of the one that
+        turns other sites' pages away.
     """
 
     @asynccontextmanager
@@ -92,10 +96,13 @@ def create_app(
     app = FastAPI(title="Modelworks", version=__version__, lifespan=lifespan, docs_url="/v1/docs", redoc_url=None)
     if access is not None:
         app.add_middleware(KeysOnly, access=access, refuse=_error_response)
+    if door is not None:
+        app.add_middleware(door)
     app.add_middleware(OwnOriginOnly, names=hosts)
     app.state.engine, app.state.store = engine, store
     metrics = Metrics(engine, queue)
     gate = Gate(metrics, access, queue)
+    app.state.metrics, app.state.gate = metrics, gate
     _add_generation(app, engine, metrics, gate, body_limit)
     _add_embeddings(app, engine, metrics, gate, body_limit)
     _add_models(app, engine)

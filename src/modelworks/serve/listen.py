@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import os
 import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
@@ -13,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
-from fastapi import APIRouter, FastAPI
+from fastapi import APIRouter, FastAPI, Request
 
-from modelworks.serve.access import Access
+from modelworks.serve.access import Access, principal_of
 from modelworks.serve.api import create_app
 from modelworks.serve.config import EngineConfig, ServeConfig, load_config
 from modelworks.serve.errors import RequestError
@@ -87,36 +88,106 @@ def gateway(
     InputError
         If the file can't be used, or the port can't be opened.
     """
-    config = load_config(config_file)
+    configured = Configured(config_file, store)
     listener = open_port(host, port)
     with listener:
-        router = Router(config, lambda engine: _embedded(store, engine))
-        queue = FairQueue(router.capacity, config.queue.waiting, config.queue.wait_s)
-
-        async def reload() -> ServeConfig:
-            again = await asyncio.to_thread(load_config, config_file)
-            await router.reload(again)
-            queue.change(again.queue.waiting, again.queue.wait_s)
-            return again
-
-        # Without accounts there is no one who could be told from the others: then SIGHUP alone reads the file again.
-        admin = [admin_routes(router, reload)] if access is not None else []
-        app = create_app(router, store, hosts=hosts, access=access, queue=queue, routers=[*admin, *routers])
-        _on_hangup(app, reload)
-        _run(app, listener, ", ".join(config.engines), access is not None)
+        app = configured.app(hosts, access, routers)
+        _run(app, listener, ", ".join(configured.config.engines), access is not None)
 
 
-def admin_routes(router: Router, reload: Callable[[], Awaitable[ServeConfig]]) -> APIRouter:
+class Configured:
+    """The engines of a configuration file, and the queue before them; the file can be read again while they run.
+
+    Parameters
+    ----------
+    config_file : Path
+        The file.
+    store : Store
+        The models of an entry with ``embedded = true``.
+    share : int
+        How many processes stand before the same engines: each gives them its part of their `concurrency`.
+
+    Raises
+    ------
+    InputError
+        If the file can't be used.
+    """
+
+    def __init__(self, config_file: Path, store: Store, share: int = 1) -> None:
+        self._file, self._store, self._share = config_file, store, share
+        self.config = load_config(config_file)
+        shared = shared_among(self.config, share)
+        self.router = Router(shared, lambda engine: _embedded(store, engine))
+        self.queue = FairQueue(self.router.capacity, shared.queue.waiting, shared.queue.wait_s)
+
+    async def reload(self) -> ServeConfig:
+        """Read the file again; answers that run go on. A file that can't be used changes nothing.
+
+        Raises
+        ------
+        InputError
+            If it can't be used.
+        """
+        again = await asyncio.to_thread(load_config, self._file)
+        shared = shared_among(again, self._share)
+        await self.router.reload(shared)
+        self.queue.change(shared.queue.waiting, shared.queue.wait_s)
+        self.config = again
+        return again
+
+    def routes(self, access: Access | None) -> list[APIRouter]:
+        """What an administrator asks. Without accounts there is no one who could be told from the others: then SIGHUP
+        alone reads the file again."""
+        return [admin_routes(self.router, self._asked_again, access)] if access is not None else []
+
+    async def _asked_again(self) -> ServeConfig:
+        """Read the file again here, and have the other processes do so."""
+        if self._share == 1:
+            return await self.reload()
+        config = await asyncio.to_thread(load_config, self._file)
+        os.kill(os.getppid(), signal.SIGHUP)
+        return config
+
+    def app(self, hosts: Collection[str], access: Access | None, routers: Collection[APIRouter]) -> FastAPI:
+        """The gateway as an application."""
+        every = [*self.routes(access), *routers]
+        app = create_app(self.router, self._store, hosts=hosts, access=access, queue=self.queue, routers=every)
+        self.attach(app)
+        return app
+
+    def attach(self, app: FastAPI) -> None:
+        """Read the file again on SIGHUP, as long as an application runs."""
+        _on_hangup(app, self.reload)
+
+
+def shared_among(config: ServeConfig, share: int) -> ServeConfig:
+    """The configuration for one of so many processes: of what engines and the queue take, each has its part."""
+    if share == 1:
+        return config
+    engines = {
+        name: engine.model_copy(update={"concurrency": -(-engine.concurrency // share)})
+        for name, engine in config.engines.items()
+    }
+    queue = config.queue.model_copy(update={"waiting": -(-config.queue.waiting // share)})
+    return config.model_copy(update={"engines": engines, "queue": queue})
+
+
+def admin_routes(
+    router: Router, reload: Callable[[], Awaitable[ServeConfig]], access: Access | None = None
+) -> APIRouter:
     """What an operator asks of a running gateway."""
     routes = APIRouter(prefix="/admin", tags=["admin"])
 
     @routes.post("/reload")
-    async def read_again() -> dict[str, Any]:
+    async def read_again(request: Request) -> dict[str, Any]:
         """Read the configuration file again; answers that run go on."""
         try:
             config = await reload()
         except InputError as error:
             raise RequestError(str(error), code="invalid_configuration") from None
+        principal = principal_of(request)
+        if access is not None and principal is not None:
+            await access.note(principal.user, "reload the configuration", ", ".join(sorted(config.engines)))
         return {"engines": sorted(config.engines)}
 
     @routes.get("/engines")

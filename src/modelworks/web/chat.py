@@ -36,28 +36,42 @@ def register(services: Services) -> None:
     """Add the chat's pages: ``/`` and ``/c/ID``."""
 
     @ui.page("/")
-    def new_chat(request: Request, model: str = "") -> None:
-        with frame(request, services, "/", "Chat") as side:
-            ChatPage(services, side, None, model)
+    async def new_chat(request: Request, model: str = "") -> None:
+        own = services.of(request)
+        names = await _names(own)
+        with frame(request, own, "/", "Chat") as side:
+            ChatPage(own, side, None, model, names)
 
     @ui.page("/c/{conversation_id}")
-    def conversation(request: Request, conversation_id: str) -> None:
+    async def conversation(request: Request, conversation_id: str) -> None:
+        own = services.of(request)
         try:
-            found = services.assistant.store.conversation(conversation_id)
+            found = own.assistant.store.conversation(conversation_id)
         except InputError:
-            with frame(request, services, "/", "Chat"), ui.element("div").classes("empty"):
+            with frame(request, own, "/", "Chat"), ui.element("div").classes("empty"):
                 ui.html("<h2>This conversation isn't here</h2>")
                 ui.label("It was deleted, or the address is another server's.")
                 ui.link("Begin a new one", "/")
             return
-        with frame(request, services, "/", found.title, conversation_id) as side:
-            ChatPage(services, side, found, "")
+        names = await _names(own)
+        with frame(request, own, "/", found.title, conversation_id) as side:
+            ChatPage(own, side, found, "", names)
+
+
+async def _names(services: Services) -> list[str]:
+    """The models that can be talked to now; none while that can't be said."""
+    try:
+        return [model.name for model in await services.assistant.engine.models()]
+    except (InputError, OperationError):
+        return []
 
 
 class ChatPage:
     """One open page."""
 
-    def __init__(self, services: Services, side: Side, conversation: Conversation | None, model: str) -> None:
+    def __init__(
+        self, services: Services, side: Side, conversation: Conversation | None, model: str, names: list[str]
+    ) -> None:
         self._services, self._assistant, self._side = services, services.assistant, side
         self._id = conversation.id if conversation else None
         self._answer: Answer | None = None
@@ -78,8 +92,8 @@ class ChatPage:
             ui.html('<button type="button" class="to-end" aria-label="To the end">↓</button>', sanitize=False)
             self._compose()
         self._redraw()
-        self._look()
-        ui.timer(LOOK_S, self._look)
+        self._show(names)
+        ui.timer(LOOK_S, self._look, immediate=False)
         self._watch_timer = ui.timer(WATCH_S, self._watch, active=self._answer is not None)
         ui.timer(0, lambda: self._connected(scroll.html_id), once=True)
 
@@ -121,7 +135,8 @@ class ChatPage:
     def _empty(self) -> None:
         with ui.element("div").classes("empty"):
             ui.html("<h2>What would you like to know?</h2>")
-            ui.label("A model answers on this machine. Nothing leaves it.")
+            if self._services.members is None:
+                ui.label("A model answers on this machine. Nothing leaves it.")
             with ui.element("div").classes("ideas"):
                 for idea in _IDEAS:
                     button = ui.element("button").classes("idea").props("type=button")
@@ -237,9 +252,11 @@ class ChatPage:
             self._thread = self._assistant.store.thread(self._id) if self._id else []
             self._set_button()
 
-    def _look(self) -> None:
+    async def _look(self) -> None:
         """Notice new models, and answers that another page asked for."""
-        names = [model.name for model in self._services.store.list()]
+        self._show(await _names(self._services))
+
+    def _show(self, names: list[str]) -> None:
         if names != self._picker.options:
             self._picker.set_options(names)
         if self._picker.value not in names:

@@ -13,6 +13,7 @@ from modelworks import __version__
 from modelworks.assistant.store import Conversation
 from modelworks.spec.errors import InputError
 from modelworks.web.services import Services
+from modelworks.web.sign_in import ADMIN_PAGES
 
 LOGO = (
     '<svg viewBox="0 0 24 24" fill="none" stroke="var(--accent)" stroke-width="2" stroke-linecap="round" '
@@ -25,6 +26,7 @@ _PAGES = [
     ("Supercomputer", "/supercomputer", "dns"),
     ("Runs", "/runs", "show_chart"),
     ("Models", "/models", "layers"),
+    ("Administration", "/admin", "admin_panel_settings"),
 ]
 
 
@@ -43,6 +45,7 @@ def frame(
     conversation_id
         The conversation that is shown, if one is.
     """
+    services = services.of(request)
     set_title(title)
     ui.colors(primary="#0f766e", negative="#b3261e", warning="#b7791f")
     ui.add_head_html(f'<link rel="stylesheet" href="/_modelworks/{__version__}/style.css">')
@@ -76,10 +79,12 @@ class Side:
         with self.drawer:
             ui.html(f"{LOGO}<span>Modelworks</span>", sanitize=False, tag="div").classes("brand")
             _link("New chat", "/", "edit_square", "nav primary")
-            for name, path, icon in _PAGES:
+            for name, path, icon in _pages_of(services):
                 _link(name, path, icon, "nav here" if path == here else "nav")
             ui.label("Conversations").classes("talks-head")
             self._talks = ui.element("div").classes("talks")
+            if services.principal is not None:
+                _signed_in_as(services.principal.user)
         self.refresh()
 
     def refresh(self) -> None:
@@ -121,6 +126,19 @@ class Side:
             ui.navigate.to("/")
         else:
             self.refresh()
+
+
+def _pages_of(services: Services) -> list[tuple[str, str, str]]:
+    """The pages that whoever is here may see; administration needs users."""
+    pages = _PAGES if services.access is not None else _PAGES[:-1]
+    return [page for page in pages if services.is_admin or page[1] not in ADMIN_PAGES]
+
+
+def _signed_in_as(name: str) -> None:
+    with ui.element("form").props('method="post" action="/sign-out"').classes("signed-in"):
+        ui.label(name).classes("name")
+        with ui.element("button").props('type="submit"'):
+            ui.label("Sign out")
 
 
 async def ask(question: str, verb: str, note: str = "", text: str | None = None) -> str | bool | None:

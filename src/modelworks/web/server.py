@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, Response
+from fastapi import APIRouter, FastAPI, Response
 
 from modelworks import __version__
 from modelworks.assistant.chat import Assistant
 from modelworks.assistant.database import default_database
+from modelworks.assistant.gateway import AccountAccess, access_if_wanted, account_routes, administration_routes
+from modelworks.assistant.personal import PersonalEngine
 from modelworks.assistant.store import ConversationStore
+from modelworks.serve.access import Principal
 from modelworks.serve.api import create_app
+from modelworks.serve.engine import Engine
+from modelworks.serve.fairness import FairQueue
+from modelworks.serve.listen import Configured
 from modelworks.serve.llamacpp import EngineSettings, LlamaCppEngine
+from modelworks.serve.routing import Member
 from modelworks.serve.store import Store
 from modelworks.spec.errors import InputError
 from modelworks.spec.home import home
 from modelworks.web.services import Services
+from modelworks.web.sign_in import SignedIn, sign_in_routes
 
 SAMPLING = {"temperature": 0.7, "top_p": 0.9, "repeat_penalty": 1.1, "max_tokens": 1024}
 """How the chat samples; small models repeat themselves without a penalty."""
@@ -36,25 +44,85 @@ class Server:
     services: Services
 
 
-def build(settings: EngineSettings | None = None, database: Path | None = None, hosts: Collection[str] = ()) -> Server:
+def build(
+    settings: EngineSettings | None = None,
+    database: Path | None = None,
+    hosts: Collection[str] = (),
+    config_file: Path | None = None,
+) -> Server:
     """Build the server over this machine's models and conversations. Once per process: NiceGUI is one per process.
 
-    `hosts` are names that browsers may call it by, beside those of `modelworks.serve.origin`.
+    Parameters
+    ----------
+    settings : EngineSettings, optional
+        Of the engine inside this process.
+    database : Path, optional
+        Where conversations are kept; left out, where `default_database` says. Users are always there.
+    hosts : collection of str
+        Names that browsers may call it by, beside those of `modelworks.serve.origin`.
+    config_file : Path, optional
+        The engines that answer instead of the one inside this process, as a gateway has them.
 
     Raises
     ------
+    InputError
+        If the configuration can't be used.
     OperationError
         If the database can't be used.
     """
-    store = Store()
-    engine = LlamaCppEngine(store, settings or EngineSettings())
-    assistant = Assistant(ConversationStore(database or default_database()), engine, SAMPLING)
-    services = Services(store, engine, assistant)
-    app = create_app(engine, store, hosts=hosts)
+    store, access = Store(), access_if_wanted()
+    behind = Engines(store, settings or EngineSettings(), config_file, access)
+    assistant = Assistant(ConversationStore(database or default_database()), behind.engine, SAMPLING)
+    services = Services(store, behind.engine, assistant, access=access, members=behind.members)
+    app = create_app(
+        behind.engine,
+        store,
+        hosts=hosts,
+        access=access,
+        queue=behind.queue,
+        routers=behind.routers,
+        door=(lambda inner: SignedIn(inner, access)) if access is not None else None,
+    )
+    behind.attach(app)
+    if access is not None:
+        accounts = access.accounts
+
+        def personal(principal: Principal) -> PersonalEngine:
+            return PersonalEngine(behind.engine, principal, accounts, app.state.gate, app.state.metrics)
+
+        services.personal = personal
+        app.include_router(sign_in_routes(access))
     _close_first(app, assistant)
     _add_static(app)
     _add_pages(app, services)
     return Server(app, services)
+
+
+class Engines:
+    """What answers: the engine inside this process, or those of a configuration."""
+
+    def __init__(
+        self, store: Store, settings: EngineSettings, config_file: Path | None, access: AccountAccess | None
+    ) -> None:
+        self.queue: FairQueue | None = None
+        self.members: Callable[[], list[Member]] | None = None
+        self.routers: list[APIRouter] = []
+        self._configured: Configured | None = None
+        self.engine: Engine
+        if config_file is None:
+            self.engine = LlamaCppEngine(store, settings)
+        else:
+            self._configured = Configured(config_file, store)
+            self.engine, self.queue = self._configured.router, self._configured.queue
+            self.members = self._configured.router.members
+            self.routers += self._configured.routes(access)
+        if access is not None:
+            self.routers += [account_routes(access), administration_routes(access)]
+
+    def attach(self, app: FastAPI) -> None:
+        """Have SIGHUP read the configuration again."""
+        if self._configured is not None:
+            self._configured.attach(app)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -120,10 +188,10 @@ def _add_pages(app: FastAPI, services: Services) -> None:
     os.environ.setdefault("NICEGUI_STORAGE_PATH", str(home() / "nicegui"))
     from nicegui import ui
 
-    from modelworks.web import chat, models, plan, runs, supercomputer
+    from modelworks.web import admin, chat, models, plan, runs, supercomputer
     from modelworks.web.frame import FAVICON
 
-    for page in (chat, plan, supercomputer, runs, models):
+    for page in (chat, plan, supercomputer, runs, models, *([admin] if services.access is not None else [])):
         page.register(services)
     ui.run_with(
         app,

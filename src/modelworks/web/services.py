@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from starlette.requests import Request
 
 from modelworks.assistant.chat import Assistant
+from modelworks.assistant.gateway import AccountAccess
+from modelworks.serve.access import Principal, principal_of
 from modelworks.serve.engine import Engine
+from modelworks.serve.routing import Member
 from modelworks.serve.store import Store
 from modelworks.spec.errors import InputError, OperationError
 
@@ -37,6 +43,29 @@ class Services:
     pulls: dict[str, Pull] = field(default_factory=dict)
     begun_runs: set[str] = field(default_factory=set)
     """Names of the runs that this server began or resumed; they end with it."""
+    access: AccountAccess | None = None
+    """The accounts, where there are users."""
+    principal: Principal | None = None
+    """Whose services they are, where there are users."""
+    personal: Callable[[Principal], Engine] | None = None
+    """Makes the engine as one user has it."""
+    members: Callable[[], list[Member]] | None = None
+    """The engines of a configuration, where there is one."""
+
+    @property
+    def is_admin(self) -> bool:
+        """Whether whoever is at the page may change what is everyone's: without users, whoever it is."""
+        return self.access is None or (self.principal is not None and "admin" in self.principal.scopes)
+
+    def of(self, request: Request) -> Services:
+        """The services as whoever sent a request has them: the user's conversations, models and limits."""
+        principal = principal_of(request)
+        if self.access is None or self.principal is not None:
+            return self
+        assert principal is not None, "a page was reached without a sign-in"
+        assert self.personal is not None
+        assistant = self.assistant.of(principal.user_id, self.personal(principal))
+        return replace(self, assistant=assistant, principal=principal)
 
     def pull(self, name: str) -> Pull:
         """Begin to fetch a model, unless it is on its way already."""

@@ -14,6 +14,7 @@ import socket
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from importlib.resources import files
+from pathlib import Path
 from types import FrameType
 
 import psutil
@@ -22,7 +23,6 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from modelworks.assistant.gateway import check_open
 from modelworks.launch import local
 from modelworks.serve.llamacpp import EngineSettings
 from modelworks.spec.errors import InputError, OperationError
@@ -39,7 +39,14 @@ STOP_S = 120.0
 """How long a run may take to save and stop."""
 
 
-def up(host: str, port: int, first_run: bool, console: Console, hosts: Collection[str] = ()) -> None:
+def up(
+    host: str,
+    port: int,
+    first_run: bool,
+    console: Console,
+    hosts: Collection[str] = (),
+    config_file: Path | None = None,
+) -> None:
     """Start everything and stay until Ctrl-C or SIGTERM.
 
     Parameters
@@ -52,19 +59,20 @@ def up(host: str, port: int, first_run: bool, console: Console, hosts: Collectio
         Told where the server is and what it does.
     hosts
         Names that browsers may call it by, beside those of `modelworks.serve.origin`.
+    config_file
+        The engines that answer instead of the one inside this process.
 
     Raises
     ------
     InputError
-        If a server holds the home folder already, the port can't be used, or there are users and the host is open.
+        If a server holds the home folder already, the port or the configuration can't be used.
     OperationError
         If the database can't be used.
     """
     with hold_home() as announce:
-        check_open(host)
         listener = listen(host, port)
         announce(url_of(listener))
-        server = build(_settings(first_run), hosts=hosts)
+        server = build(_settings(first_run), hosts=hosts, config_file=config_file)
         previous = signal.signal(signal.SIGTERM, _as_interrupt)
         try:
             asyncio.run(_serve(server, listener, first_run, console))
@@ -159,7 +167,9 @@ async def _serve(server: Server, listener: socket.socket, first_run: bool, conso
         await asyncio.sleep(0.02)
     if running.started:
         console.print(f"[bold]Modelworks[/bold] is on {url_of(listener)}   (Ctrl-C ends it)", highlight=False)
-    chores = [asyncio.create_task(_first_model(server.services, console))]
+    chores = []
+    if server.services.members is None:
+        chores.append(asyncio.create_task(_first_model(server.services, console)))
     if first_run:
         chores.append(asyncio.create_task(_first_run(server.services, console)))
     try:
