@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -59,12 +60,13 @@ class Place:
             except (OSError, ValueError, httpx.HTTPError):
                 time.sleep(0.1)
 
-    def client(self, name: str | None = None, password: str = PASSWORD) -> httpx.Client:
+    @contextlib.contextmanager
+    def client(self, name: str | None = None, password: str = PASSWORD) -> Iterator[httpx.Client]:
         """A browser's worth of cookies; signed in if a name is given."""
-        client = plain_client(base_url=self.url, headers={"Accept": "text/html"})
-        if name is not None:
-            assert sign_in(client, name, password).status_code == 303
-        return client
+        with plain_client(base_url=self.url, headers={"Accept": "text/html"}) as client:
+            if name is not None:
+                assert sign_in(client, name, password).status_code == 303
+            yield client
 
     def end(self) -> None:
         self.process.send_signal(signal.SIGTERM)

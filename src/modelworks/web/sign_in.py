@@ -30,7 +30,7 @@ from modelworks.spec.errors import InputError, OperationError
 
 _LOG = logging.getLogger("modelworks.accounts")
 SESSION, FORM = "modelworks_session", "modelworks_form"
-OPEN_PAGES = ("/sign-in", "/_modelworks/")
+OPEN_PAGES = ("/sign-in", "/_modelworks/", "/favicon.ico")
 """What is there for somebody who has not signed in."""
 ADMIN_PAGES = ("/admin", "/runs", "/models")
 """What changes the machine for everyone, and so is for administrators."""
@@ -42,7 +42,7 @@ _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'self' 'unsafe-inline'; img-src data:; "
     "form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
     "Cache-Control": "no-store",
-    "Referrer-Policy": "no-referrer",
+    "Referrer-Policy": "same-origin",  # with none, browsers say that the form comes from nowhere
     "X-Content-Type-Options": "nosniff",
 }
 
