@@ -765,6 +765,9 @@ def _serve(
     log: Annotated[
         str | None, typer.Option(metavar="FILE", help="Write a JSON line per request here; - is standard error.")
     ] = None,
+    workers: Annotated[
+        int, typer.Option(min=1, max=256, help="Processes that answer; several need --config and engines elsewhere.")
+    ] = 1,
 ) -> None:
     """Serve models over an OpenAI-compatible API: the stored ones, or with --config those of any engines.
 
@@ -781,6 +784,13 @@ def _serve(
     from modelworks.serve.log import log_to
     from modelworks.serve.store import Store
 
+    if workers > 1:
+        if config is None:
+            raise InputError(
+                f"--workers {workers} is not accepted without --config FILE: llama.cpp answers in one process"
+            )
+        _serve_by_workers(config, workers, host, port, allow_host or [], log)
+        return
     if log is not None:
         log_to(log)
     access = access_if_wanted()
@@ -791,6 +801,28 @@ def _serve(
     store = _served(model)
     settings = EngineSettings(slots=slots, threads=threads, context=context)
     serve(store, model, settings, host=host, port=port, hosts=allow_host or [], access=access, routers=routers)
+
+
+def _serve_by_workers(config: Path, workers: int, host: str, port: int, hosts: list[str], log: str | None) -> None:
+    from modelworks.assistant.gateway import access_if_wanted
+    from modelworks.serve.log import log_to
+    from modelworks.serve.workers import run_workers
+
+    if log is not None:
+        log_to(log)  # a file that can't be written is said before anything begins
+    access = access_if_wanted()  # brings the database to the newest schema, once
+    if access is not None:
+        access.accounts.database.close()
+    run_workers(
+        config,
+        workers,
+        "modelworks.assistant.worker:create",
+        host=host,
+        port=port,
+        hosts=hosts,
+        log=log,
+        keys=access is not None,
+    )
 
 
 @app.command("chat")

@@ -275,9 +275,7 @@ def test_two_people_sign_in_talk_and_see_their_own_talks_alone(browser: Any, pla
 
 @pytest.mark.slow
 @pytest.mark.browser
-def test_an_administrator_adds_a_user_revokes_a_key_and_finds_both_in_the_audit_log(
-    browser: Any, place: Place
-) -> None:
+def test_an_administrator_adds_a_user_revokes_a_key_and_finds_both_in_the_audit_log(browser: Any, place: Place) -> None:
     key, whole = place.accounts.create_key("alice", "to be revoked")
     page = enter(browser, place, "root", "/admin", viewport={"width": 1200, "height": 800})
     page.get_by_role("button", name="Add a user").click()

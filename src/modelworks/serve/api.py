@@ -88,7 +88,9 @@ def create_app(
             await access.start()
         if preload:
             await engine.load(preload)
+        showing = asyncio.create_task(metrics.keep_showing(), name="metrics")
         yield
+        showing.cancel()
         await engine.close()
         if access is not None:
             await access.close()

@@ -126,6 +126,15 @@ class QueueConfig(Section):
     """How long a request waits before it is refused."""
 
 
+class RetentionConfig(Section):
+    """How long things are kept; left out, for good."""
+
+    conversations: Wait | None = None
+    """Since a conversation was last gone on with, such as ``"90d"``."""
+    requests: Wait | None = None
+    """Since a request ended; those that a limit still counts are kept in any case."""
+
+
 class ServeConfig(Section):
     """The gateway's configuration file."""
 
@@ -136,6 +145,9 @@ class ServeConfig(Section):
     """How often a model's engines are asked in all, before its fallback is."""
     affinity: bool = True
     """Whether a conversation goes to the engine that read its beginning, unless that one has too much to do."""
+    drain_s: Wait = 20.0
+    """How long answers that run may go on after the gateway was told to end."""
+    retention: RetentionConfig = RetentionConfig()
 
     @model_validator(mode="after")
     def _names_agree(self) -> ServeConfig:

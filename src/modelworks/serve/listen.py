@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import math
 import os
 import signal
 import socket
@@ -65,7 +66,9 @@ def serve(
     with listener:
         engine = LlamaCppEngine(store, settings)
         app = create_app(engine, store, preload=model, hosts=hosts, access=access, routers=routers)
-        _run(app, listener, model, access is not None)
+        announce(listener, model, access is not None)
+        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=5)
+        uvicorn.Server(config).run([listener])
 
 
 def gateway(
@@ -92,7 +95,12 @@ def gateway(
     listener = open_port(host, port)
     with listener:
         app = configured.app(hosts, access, routers)
-        _run(app, listener, ", ".join(configured.config.engines), access is not None)
+        what, drain_s = ", ".join(configured.config.engines), configured.config.drain_s
+        announce(listener, what, access is not None)
+        config = uvicorn.Config(
+            app, log_level="warning", access_log=False, timeout_graceful_shutdown=math.ceil(drain_s)
+        )
+        uvicorn.Server(config).run([listener])
 
 
 class Configured:
@@ -115,10 +123,15 @@ class Configured:
 
     def __init__(self, config_file: Path, store: Store, share: int = 1) -> None:
         self._file, self._store, self._share = config_file, store, share
-        self.config = load_config(config_file)
+        self.config = self._loaded()
         shared = shared_among(self.config, share)
         self.router = Router(shared, lambda engine: _embedded(store, engine))
         self.queue = FairQueue(self.router.capacity, shared.queue.waiting, shared.queue.wait_s)
+
+    def _loaded(self) -> ServeConfig:
+        config = load_config(self._file)
+        check_share(config, self._share, str(self._file))
+        return config
 
     async def reload(self) -> ServeConfig:
         """Read the file again; answers that run go on. A file that can't be used changes nothing.
@@ -128,7 +141,7 @@ class Configured:
         InputError
             If it can't be used.
         """
-        again = await asyncio.to_thread(load_config, self._file)
+        again = await asyncio.to_thread(self._loaded)
         shared = shared_among(again, self._share)
         await self.router.reload(shared)
         self.queue.change(shared.queue.waiting, shared.queue.wait_s)
@@ -144,7 +157,7 @@ class Configured:
         """Read the file again here, and have the other processes do so."""
         if self._share == 1:
             return await self.reload()
-        config = await asyncio.to_thread(load_config, self._file)
+        config = await asyncio.to_thread(self._loaded)
         os.kill(os.getppid(), signal.SIGHUP)
         return config
 
@@ -158,6 +171,22 @@ class Configured:
     def attach(self, app: FastAPI) -> None:
         """Read the file again on SIGHUP, as long as an application runs."""
         _on_hangup(app, self.reload)
+
+
+def check_share(config: ServeConfig, share: int, where: str) -> None:
+    """Refuse what can't be answered by several processes.
+
+    Raises
+    ------
+    InputError
+        If an engine is inside the process.
+    """
+    inside = next((name for name, engine in config.engines.items() if engine.embedded), None)
+    if share > 1 and inside is not None:
+        raise InputError(
+            f"{where}: engines.{inside}.embedded = true is not accepted with --workers {share}: llama.cpp answers in "
+            "one process; engines with a url, or --workers 1, are accepted"
+        )
 
 
 def shared_among(config: ServeConfig, share: int) -> ServeConfig:
@@ -242,10 +271,9 @@ def _on_hangup(app: FastAPI, reload: Callable[[], Awaitable[object]]) -> None:
     app.router.lifespan_context = lifespan
 
 
-def _run(app: FastAPI, listener: socket.socket, what: str, keys: bool) -> None:
+def announce(listener: socket.socket, what: str, keys: bool) -> None:
+    """Say where what is served."""
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     needed = "; a key is needed" if keys else ""
     print(f"{what} on http://{shown}:{port}/v1 (Ctrl-C ends it{needed})", flush=True)
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=5)
-    uvicorn.Server(config).run([listener])

@@ -6,13 +6,16 @@ A model's name becomes a label only if the model is served: labels are bounded.
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 from modelworks.serve.access import Outcome
@@ -21,6 +24,15 @@ from modelworks.serve.fairness import FairQueue
 
 _TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _TPOT_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1)
+
+
+MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"
+_SHOW_S = 1.0
+_GAUGES = {
+    "modelworks_requests_running": "Requests in a slot",
+    "modelworks_requests_waiting": "Requests waiting for a slot",
+    "modelworks_requests_queued": "Requests waiting for an engine",
+}
 
 
 class Metrics:
@@ -53,11 +65,36 @@ class Metrics:
         self._tenant_tokens = Counter(
             "modelworks_tenant_tokens", "Tokens by user", ["user", "model", "kind"], registry=self._registry
         )
-        self._registry.register(_Activity(engine, queue))
+        self._activity = _Activity(engine, queue)
+        self.of_many = MULTIPROCESS in os.environ
+        """Whether this process is one of several that are measured together."""
+        if not self.of_many:
+            self._registry.register(self._activity)
+            return
+        self._shown: dict[str, Gauge] = {}
+        for name, meaning in _GAUGES.items():
+            gauge = Gauge(name, meaning, ["model"], registry=self._registry, multiprocess_mode="livesum")
+            self._shown[name] = gauge
 
     def page(self) -> bytes:
-        """The metrics in Prometheus' text format."""
-        return generate_latest(self._registry)
+        """The metrics in Prometheus' text format; of all processes, where there are several."""
+        if not self.of_many:
+            return generate_latest(self._registry)
+        self._show()
+        registry = CollectorRegistry()
+        MultiProcessCollector(registry)
+        return generate_latest(registry)
+
+    async def keep_showing(self) -> None:
+        """Write down for the other processes, every second, how busy this one is."""
+        while self.of_many:
+            self._show()
+            await asyncio.sleep(_SHOW_S)
+
+    def _show(self) -> None:
+        for family in self._activity.collect():
+            for sample in family.samples:
+                self._shown[sample.name].labels(sample.labels["model"]).set(sample.value)
 
     def count(self, endpoint: str, model: str, status: int) -> None:
         """Count an answered request."""
@@ -109,13 +146,11 @@ class _Activity(Collector):
         self._queue = queue
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        running = GaugeMetricFamily("modelworks_requests_running", "Requests in a slot", labels=["model"])
-        waiting = GaugeMetricFamily("modelworks_requests_waiting", "Requests waiting for a slot", labels=["model"])
+        running, waiting, queued = (GaugeMetricFamily(name, text, labels=["model"]) for name, text in _GAUGES.items())
         for model, activity in self._engine.activity().items():
             running.add_metric([model], activity.running)
             waiting.add_metric([model], activity.waiting)
         if self._queue is not None:
-            queued = GaugeMetricFamily("modelworks_requests_queued", "Requests waiting for an engine", labels=["model"])
             for model, count in self._queue.waiting().items():
                 queued.add_metric([model], count)
             yield queued

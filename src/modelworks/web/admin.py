@@ -174,7 +174,7 @@ class Administration:
         keys = await asyncio.to_thread(self._accounts.keys)
         good = [key for key in keys if key.revoked is None and (key.expires is None or key.expires > now)]
         ui.label(f"{len(good)} valid of {len(keys)}; a sign-in is a key of twelve hours").classes("muted")
-        with _table("Key", "User", "Name", "May", "Used", "Until", ""):
+        with _table("Key", "User", "Name", "", "Used", "Until", "May"):
             for key in sorted(keys, key=lambda key: key not in good)[:200]:
                 self._key(key, key in good)
 
@@ -183,12 +183,12 @@ class Administration:
             _cell(key.prefix, "code")
             _cell(key.user)
             _cell(key.name)
-            _cell(", ".join(key.scopes))
-            _cell(_day(key.last_used) or "never")
-            _cell("was revoked" if key.revoked else _day(key.expires) or "it is revoked")
             with ui.element("td"):
                 if good:
                     _small("Revoke", lambda: self._revoke(key))
+            _cell(_day(key.last_used) or "never")
+            _cell("was revoked" if key.revoked else _day(key.expires) or "it is revoked")
+            _cell(", ".join(key.scopes))
 
     async def _revoke(self, key: Key) -> None:
         if await ask(f"Revoke {key.prefix}?", "Revoke", note=f"Whatever {key.user} runs with it is refused at once."):
@@ -232,7 +232,7 @@ class Administration:
         by_day = await asyncio.to_thread(used_by_day, self._accounts.database, DAYS, time.time())
         ui.label(f"Tokens of each day (UTC), read and written, of the last {DAYS}").classes("muted")
         ui.echart(usage_chart(by_day, int(time.time() // DAY_S), DAYS)).classes("chart panel").style("height:280px")
-        with _table("User", "Team", "Model", "Requests", "Failed", "Tokens read", "From cache", "Tokens written"):
+        with _table("User", "Team", "Model", ">Requests", ">Failed", ">Tokens read", ">From cache", ">Tokens written"):
             for row in rows:
                 with ui.element("tr"):
                     for name in ("user", "team", "model"):
@@ -247,7 +247,7 @@ class Administration:
     async def _engines(self) -> None:
         if self._services.members is None:
             ui.label("llama.cpp answers inside this process").classes("muted")
-            with _table("Model", "Context", "Answering", "Waiting"):
+            with _table("Model", ">Context", ">Answering", ">Waiting"):
                 busy = self._services.engine.activity()
                 for card in await self._services.engine.models():
                     with ui.element("tr"):
@@ -256,7 +256,7 @@ class Administration:
                         _cell(str(busy[card.name].running if card.name in busy else 0), "number")
                         _cell(str(busy[card.name].waiting if card.name in busy else 0), "number")
             return
-        with _table("Engine", "State", "Running", "At most", "Models"):
+        with _table("Engine", "State", ">Running", ">At most", "Models"):
             for engine in map(described, self._services.members()):
                 with ui.element("tr"):
                     _cell(engine["name"], "named")
@@ -324,12 +324,12 @@ def usage_chart(rows: Sequence[dict[str, Any]], today: int, days: int) -> dict[s
 
 
 def _table(*heads: str) -> ui.element:
-    """A table's body, to be filled with rows."""
+    """A table's body, to be filled with rows. A head that begins with ``>`` stands over numbers."""
     with ui.element("div").classes("panel grid-table"), ui.element("table"):
         with ui.element("thead"), ui.element("tr"):
             for head in heads:
-                with ui.element("th"):
-                    ui.label(head)
+                with ui.element("th").classes("number" if head.startswith(">") else ""):
+                    ui.label(head.removeprefix(">"))
         return ui.element("tbody")
 
 

@@ -1,0 +1,26 @@
+"""One of several processes of a gateway; `serve.workers` starts them."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+from fastapi import FastAPI
+
+from modelworks.assistant.gateway import access_if_wanted, account_routes, administration_routes
+from modelworks.serve.listen import Configured
+from modelworks.serve.log import log_to
+from modelworks.serve.store import Store
+from modelworks.serve.workers import WorkerPlan, end_with_parent
+
+
+def create() -> FastAPI:
+    """The application of one worker, as its environment says."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the application runs, which reads the file anyway
+    end_with_parent()
+    plan = WorkerPlan.given()
+    if plan.log is not None:
+        log_to(plan.log)
+    access = access_if_wanted()
+    routers = [account_routes(access), administration_routes(access)] if access else []
+    return Configured(Path(plan.config), Store(), plan.workers).app(plan.hosts, access, routers)
