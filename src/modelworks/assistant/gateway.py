@@ -77,14 +77,17 @@ class AccountAccess:
         await _in_thread(self.accounts.note, actor, action, subject)
 
 
-def access_if_wanted() -> AccountAccess | None:
-    """The accounts, if this installation has users; None if it has none, and all is open."""
+def access_if_wanted(in_any_case: bool = False) -> AccountAccess | None:
+    """The accounts, if this installation has users; None if it has none, and all is open.
+
+    `in_any_case` are they wanted where users come by themselves, through an OpenID provider.
+    """
     where = default_database()
-    if isinstance(where, Path) and not where.exists():
+    if isinstance(where, Path) and not where.exists() and not in_any_case:
         return None
     database = Database(where)
     accounts = Accounts(database)
-    if not accounts.users():
+    if not in_any_case and not accounts.users():
         database.close()
         return None
     return AccountAccess(accounts, Ledger(database))

@@ -135,6 +135,85 @@ class RetentionConfig(Section):
     """Since a request ended; those that a limit still counts are kept in any case."""
 
 
+class OidcConfig(Section):
+    """An OpenID provider that people sign in with, and what its words mean here."""
+
+    issuer: str
+    """Its address, as its tokens name it."""
+    client_id: str
+    """What it calls this server."""
+    client_secret_env: str | None = None
+    """The environment variable that holds this server's secret; left out, it has none (PKCE alone)."""
+    name: str = "OpenID"
+    """What the sign-in page calls it."""
+    public_url: str | None = None
+    """The address by which browsers reach this server; left out, as they ask for it."""
+    scopes: str = "openid profile email"
+    """What is asked for."""
+    user_claim: str = "preferred_username"
+    """The claim that becomes the user's name; where it is missing, `email`, and then `sub`."""
+    groups_claim: str = "groups"
+    """The claim that lists the user's groups."""
+    allowed: list[str] | None = None
+    """Groups whose members may sign in; left out, everyone whom the provider knows."""
+    tiers: dict[str, str] = {}
+    """Group = tier; the first one in the file that the user is in."""
+    teams: dict[str, str] = {}
+    """Group = team; the first one in the file that the user is in."""
+    admins: list[str] = []
+    """Groups whose members are administrators."""
+    tier: str = "free"
+    """The tier of those whose groups name none."""
+
+    @field_validator("issuer", "public_url")
+    @classmethod
+    def _is_safe(cls, url: str | None) -> str | None:
+        if url is None:
+            return None
+        parts = urlsplit(url)
+        near = parts.scheme == "http" and parts.hostname in {"localhost", "127.0.0.1", "::1"}
+        if not parts.hostname or not (parts.scheme == "https" or near) or parts.query or parts.fragment:
+            raise ValueError("an address such as 'https://id.example.org' is accepted; http on this machine alone")
+        return url
+
+    @property
+    def secret(self) -> str | None:
+        """This server's secret at the provider.
+
+        Raises
+        ------
+        InputError
+            If its environment variable is not set.
+        """
+        if self.client_secret_env is None:
+            return None
+        secret = os.environ.get(self.client_secret_env, "").strip()
+        if not secret:
+            raise InputError(
+                f"oidc.client_secret_env = {self.client_secret_env!r}: this environment variable holds no secret"
+            )
+        return secret
+
+
+def oidc_of(config: ServeConfig | None) -> OidcConfig | None:
+    """The OpenID provider of a configuration, or of ``MODELWORKS_OIDC_ISSUER``, ``_CLIENT_ID`` and ``_CLIENT_SECRET``.
+
+    Raises
+    ------
+    InputError
+        If the environment names no client, or its issuer can't be one.
+    """
+    if config is not None and config.oidc is not None:
+        return config.oidc
+    names = {field: f"MODELWORKS_OIDC_{field.upper()}" for field in ("issuer", "client_id", "client_secret")}
+    given = {field: os.environ[name] for field, name in names.items() if os.environ.get(name)}
+    if "issuer" not in given:
+        return None
+    if given.pop("client_secret", None):
+        given["client_secret_env"] = names["client_secret"]
+    return validate(OidcConfig, given, "MODELWORKS_OIDC_*")
+
+
 class ServeConfig(Section):
     """The gateway's configuration file."""
 
@@ -148,6 +227,7 @@ class ServeConfig(Section):
     drain_s: Wait = 20.0
     """How long answers that run may go on after the gateway was told to end."""
     retention: RetentionConfig = RetentionConfig()
+    oidc: OidcConfig | None = None
 
     @model_validator(mode="after")
     def _names_agree(self) -> ServeConfig:
@@ -191,4 +271,9 @@ def load_config(path: Path) -> ServeConfig:
             _ = engine.key
         except InputError as error:
             raise InputError(f"{path}: engines.{name}.{error}") from None
+    if config.oidc is not None:
+        try:
+            _ = config.oidc.secret
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
     return config

@@ -16,10 +16,12 @@ from modelworks import __version__
 from modelworks.assistant.chat import Assistant
 from modelworks.assistant.database import default_database
 from modelworks.assistant.gateway import AccountAccess, access_if_wanted, account_routes, administration_routes
+from modelworks.assistant.oidc import Provider
 from modelworks.assistant.personal import PersonalEngine
 from modelworks.assistant.store import ConversationStore
 from modelworks.serve.access import Principal
 from modelworks.serve.api import create_app
+from modelworks.serve.config import load_config, oidc_of
 from modelworks.serve.engine import Engine
 from modelworks.serve.fairness import FairQueue
 from modelworks.serve.listen import Configured
@@ -29,7 +31,7 @@ from modelworks.serve.store import Store
 from modelworks.spec.errors import InputError
 from modelworks.spec.home import home
 from modelworks.web.services import Services
-from modelworks.web.sign_in import SignedIn, sign_in_routes
+from modelworks.web.sign_in import OIDC_PATH, SignedIn, oidc_routes, sign_in_routes
 
 SAMPLING = {"temperature": 0.7, "top_p": 0.9, "repeat_penalty": 1.1, "max_tokens": 1024}
 """How the chat samples; small models repeat themselves without a penalty."""
@@ -70,7 +72,8 @@ def build(
     OperationError
         If the database can't be used.
     """
-    store, access = Store(), access_if_wanted()
+    oidc = oidc_of(load_config(config_file) if config_file is not None else None)
+    store, access = Store(), access_if_wanted(oidc is not None)
     behind = Engines(store, settings or EngineSettings(), config_file, access)
     assistant = Assistant(ConversationStore(database or default_database()), behind.engine, SAMPLING)
     services = Services(store, behind.engine, assistant, access=access, members=behind.members)
@@ -91,7 +94,11 @@ def build(
             return PersonalEngine(behind.engine, principal, accounts, app.state.gate, app.state.metrics)
 
         services.personal = personal
-        app.include_router(sign_in_routes(access))
+        others = {}
+        if oidc is not None:
+            others[f"Sign in with {oidc.name}"] = OIDC_PATH
+            app.include_router(oidc_routes(access, Provider(oidc)))
+        app.include_router(sign_in_routes(access, others))
     _close_first(app, assistant)
     _add_static(app)
     _add_pages(app, services)

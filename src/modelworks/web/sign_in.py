@@ -8,8 +8,10 @@ that nothing of the application runs before one is known.
 from __future__ import annotations
 
 import asyncio
+import base64
 import hmac
 import html
+import json
 import logging
 import math
 import secrets
@@ -24,11 +26,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from modelworks import __version__
 from modelworks.assistant.accounts import SIGN_IN_S
 from modelworks.assistant.gateway import AccountAccess
+from modelworks.assistant.oidc import LASTS_S, Errand, Provider
 from modelworks.serve.access import Principal, address_of
 from modelworks.serve.errors import RequestError
 from modelworks.spec.errors import InputError, OperationError
 
 _LOG = logging.getLogger("modelworks.accounts")
+OIDC_PATH = "/sign-in/oidc"
 SESSION, FORM = "modelworks_session", "modelworks_form"
 OPEN_PAGES = ("/sign-in", "/_modelworks/", "/favicon.ico")
 """What is there for somebody who has not signed in."""
@@ -201,6 +205,71 @@ def sign_in_routes(access: AccountAccess, others: Mapping[str, str] | None = Non
         return response
 
     return routes
+
+
+def oidc_routes(access: AccountAccess, provider: Provider) -> APIRouter:
+    """The way to an OpenID provider and back."""
+    routes, accounts = APIRouter(include_in_schema=False), access.accounts
+
+    def redirect_of(request: Request) -> str:
+        base = provider.config.public_url or f"{request.url.scheme}://{request.url.netloc}"
+        return f"{base.rstrip('/')}{OIDC_PATH}/return"
+
+    @routes.get(OIDC_PATH)
+    async def leave(request: Request) -> Response:
+        target = target_of(request.query_params.get("next", ""))
+        try:
+            address, errand = await provider.begin(redirect_of(request), target)
+        except OperationError as error:
+            return refusal_page(str(error), 502)
+        response = RedirectResponse(address, 303, headers={"Cache-Control": "no-store"})
+        response.set_cookie(
+            _errand_name(request.scope),
+            base64.urlsafe_b64encode(json.dumps(vars(errand)).encode()).decode(),
+            max_age=int(LASTS_S),
+            path="/",
+            secure=is_secure(request.scope),
+            httponly=True,
+            samesite="lax",
+        )
+        return response
+
+    @routes.get(f"{OIDC_PATH}/return")
+    async def come_back(request: Request) -> Response:
+        errand = _errand_of(request)
+        try:
+            identity = await provider.end(redirect_of(request), errand, dict(request.query_params))
+            user = await asyncio.to_thread(accounts.identified, identity, provider.config.name[:64])
+            key = await asyncio.to_thread(accounts.sign_in_as, user, provider.config.name)
+        except RequestError as error:
+            response = refusal_page(str(error), error.status)
+        except (InputError, OperationError) as error:
+            _LOG.error("%s", error)
+            response = refusal_page("The sign-in doesn't work now; the server's log says why.", 502)
+        else:
+            assert errand is not None
+            response = RedirectResponse(target_of(errand.target), 303, headers={"Cache-Control": "no-store"})
+            begin_session(response, request, key)
+        response.delete_cookie(
+            _errand_name(request.scope), path="/", secure=is_secure(request.scope), httponly=True, samesite="lax"
+        )
+        return response
+
+    return routes
+
+
+def _errand_name(scope: Scope) -> str:
+    return "__Host-modelworks_oidc" if is_secure(scope) else "modelworks_oidc"
+
+
+def _errand_of(request: Request) -> Errand | None:
+    """What the browser has brought back from the provider; None if it isn't whole."""
+    try:
+        values = json.loads(base64.urlsafe_b64decode(request.cookies.get(_errand_name(request.scope), "")))
+        texts = [str(values[name]) for name in ("state", "nonce", "verifier", "target")]
+        return Errand(*texts, float(values["began"])) if all(texts) else None
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def target_of(given: str) -> str:
