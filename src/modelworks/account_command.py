@@ -6,14 +6,18 @@ They sit beside the command line, which adds them. The accounts are `assistant/`
 from __future__ import annotations
 
 import contextlib
+import csv
 import json
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+
+from modelworks.spec.errors import InputError
 
 if TYPE_CHECKING:
     from modelworks.assistant.accounts import Accounts
@@ -23,6 +27,8 @@ users_app = typer.Typer(help="Add, list, change and remove users of the gateway.
 keys_app = typer.Typer(help="Create, list and revoke API keys.", no_args_is_help=True)
 tiers_app = typer.Typer(help="List and change tiers: what their users may use.", no_args_is_help=True)
 console = Console()
+COMMAND_LINE = "command line"
+"""Who does what is done here, in the audit log."""
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table for people.")]
 UserName = Annotated[str, typer.Argument(metavar="USER", help="A user's name, as `users list` shows it.")]
 TierName = Annotated[str | None, typer.Option(metavar="TIER", help="A tier, as `tiers list` shows it.")]
@@ -103,6 +109,9 @@ def _users_set(
     admin: AdminFlag = None,
     enabled: Annotated[bool | None, typer.Option("--enable/--disable", help="Whether their keys work.")] = None,
     password: PasswordFlag = False,
+    conversations: Annotated[
+        bool, typer.Option("--conversations", help="Give them the conversations from before there were users.")
+    ] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Change a user; it holds from the next request on.
@@ -110,6 +119,8 @@ def _users_set(
     Example: [bold]modelworks users set alice --tier premium+ --disable[/bold]
     """
     with _accounts() as accounts:
+        if conversations:
+            accounts.give_conversations(user)
         if password:
             accounts.set_password(user, _password())
         disabled = None if enabled is None else not enabled
@@ -118,14 +129,20 @@ def _users_set(
 
 
 @users_app.command("rm")
-def _users_rm(user: UserName, as_json: JsonFlag = False) -> None:
-    """Remove a user, with all keys and the record of what was used.
+def _users_rm(
+    user: UserName,
+    everything: Annotated[
+        bool, typer.Option("--everything", help="Take the name out of the audit log, and forget failed sign-ins, too.")
+    ] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Remove a user, with all keys, conversations and the record of what was used.
 
-    Example: [bold]modelworks users rm alice[/bold]
+    Example: [bold]modelworks users rm alice --everything[/bold]
     """
     with _accounts() as accounts:
         accounts.user(user)
-        accounts.remove_user(user)
+        accounts.remove_user(user, everything=everything)
     print(json.dumps({"removed": user})) if as_json else console.print(f"{user} is removed", highlight=False)
 
 
@@ -230,18 +247,57 @@ def _tiers_rm(
 def usage(
     user: Annotated[str | None, typer.Argument(metavar="USER", help="Whose; left out, everyone's.")] = None,
     days: Annotated[float, typer.Option(min=0.001, help="Of so many days until now.")] = 30.0,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV for spreadsheets, with a line of names.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Show what was used of which model, by user: requests and tokens.
 
-    Example: [bold]modelworks usage --days 7 --json[/bold]
+    Example: [bold]modelworks usage --days 7 --csv > usage.csv[/bold]
     """
-    from modelworks.assistant.ledger import Ledger
+    from modelworks.assistant.ledger import USAGE_COLUMNS, Ledger
 
+    if as_csv and as_json:
+        raise InputError("--csv with --json is not accepted: one of them is")
     with _accounts() as accounts:
         if user is not None:
             accounts.user(user)
-        _printed("usage", Ledger(accounts.database).usage(days, user), as_json, "nothing was used")
+        rows = Ledger(accounts.database).usage(days, user)
+    if as_csv:
+        written = csv.DictWriter(sys.stdout, USAGE_COLUMNS, lineterminator="\n")
+        written.writeheader()
+        written.writerows(rows)
+    else:
+        _printed("usage", rows, as_json, "nothing was used")
+
+
+def prune(
+    conversations: Annotated[
+        float | None, typer.Option(min=0.001, metavar="DAYS", help="Those that nobody has gone on with for so long.")
+    ] = None,
+    requests: Annotated[
+        float | None, typer.Option(min=0.001, metavar="DAYS", help="Records of requests that ended as long ago.")
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Remove what is older than so many days. Requests that a limit still counts stay.
+
+    A gateway does so by itself every hour, if its configuration says how long things are kept.
+
+    Example: [bold]modelworks prune --conversations 90 --requests 365[/bold]
+    """
+    from modelworks.assistant.ledger import DAY_S
+    from modelworks.assistant.ledger import prune as remove
+
+    if conversations is None and requests is None:
+        raise InputError("there is nothing to remove: --conversations DAYS, --requests DAYS, or both are needed")
+    limits = [days * DAY_S if days is not None else None for days in (conversations, requests)]
+    with _accounts() as accounts:
+        removed = remove(accounts.database, time.time(), *limits)
+        accounts.note(COMMAND_LINE, "prune", " ".join(f"{name}={count}" for name, count in removed.items()))
+    if as_json:
+        print(json.dumps(removed))
+    else:
+        console.print(f"{removed['conversations']:,} conversations and {removed['requests']:,} requests are removed")
 
 
 def backup(
@@ -255,6 +311,8 @@ def backup(
     from modelworks.assistant.database import default_database
 
     size = back_up(default_database(), file)
+    with _accounts() as accounts:
+        accounts.note(COMMAND_LINE, "back up", file.name)
     if as_json:
         print(json.dumps({"file": str(file), "bytes": size}))
     else:
@@ -276,4 +334,6 @@ def restore(
     if not yes and not typer.confirm("What came after the copy will be gone. Go on?"):
         raise typer.Exit(1)
     put_back(file, default_database())
+    with _accounts() as accounts:
+        accounts.note(COMMAND_LINE, "restore", file.name)
     print(json.dumps({"restored": str(file)})) if as_json else console.print(f"{file} is restored", soft_wrap=True)

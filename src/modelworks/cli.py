@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 
 from modelworks import __version__
-from modelworks.account_command import backup, keys_app, restore, tiers_app, usage, users_app
+from modelworks.account_command import backup, keys_app, prune, restore, tiers_app, usage, users_app
 from modelworks.eval_command import evaluate_model
 from modelworks.spec.errors import InputError, OperationError
 
@@ -793,7 +793,7 @@ def _serve(
         return
     if log is not None:
         log_to(log)
-    access = access_if_wanted()
+    access = access_if_wanted(config)
     routers = [account_routes(access), administration_routes(access)] if access else []
     if config is not None:
         gateway(config, Store(), host=host, port=port, hosts=allow_host or [], access=access, routers=routers)
@@ -857,6 +857,7 @@ def _chat(
 
 
 app.command("usage")(usage)
+app.command("prune")(prune)
 app.command("backup")(backup)
 app.command("restore")(restore)
 

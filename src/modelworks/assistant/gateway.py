@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from modelworks.assistant.accounts import Accounts, Key
 from modelworks.assistant.database import Database, default_database
 from modelworks.assistant.ledger import BEAT_S, Ledger
+from modelworks.assistant.retention import keep
 from modelworks.serve.access import SCOPES, Grant, Outcome, Principal, Wanted, address_of, principal_of
 from modelworks.serve.errors import RequestError, UnavailableError
 from modelworks.spec.errors import InputError, OperationError
@@ -33,21 +34,26 @@ class AccountAccess:
         Users and keys.
     ledger : Ledger
         What was used.
+    config_file : Path, optional
+        The configuration that says how long things are kept.
     """
 
-    def __init__(self, accounts: Accounts, ledger: Ledger) -> None:
+    def __init__(self, accounts: Accounts, ledger: Ledger, config_file: Path | None = None) -> None:
         self.accounts = accounts
         self.ledger = ledger
-        self._beating: asyncio.Task[None] | None = None
+        self._config_file = config_file
+        self._chores: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
-        """Begin to say that this process runs."""
-        self._beating = asyncio.create_task(self._beat(), name="beat")
+        """Begin to say that this process runs, and to remove what is too old."""
+        self._chores.append(asyncio.create_task(self._beat(), name="beat"))
+        if self._config_file is not None:
+            self._chores.append(asyncio.create_task(keep(self.accounts.database, self._config_file), name="retention"))
 
     async def close(self) -> None:
         """End it."""
-        if self._beating is not None:
-            self._beating.cancel()
+        for chore in self._chores:
+            chore.cancel()
 
     async def _beat(self) -> None:
         while True:
@@ -77,10 +83,11 @@ class AccountAccess:
         await _in_thread(self.accounts.note, actor, action, subject)
 
 
-def access_if_wanted(in_any_case: bool = False) -> AccountAccess | None:
+def access_if_wanted(config_file: Path | None = None, in_any_case: bool = False) -> AccountAccess | None:
     """The accounts, if this installation has users; None if it has none, and all is open.
 
-    `in_any_case` are they wanted where users come by themselves, through an OpenID provider.
+    `config_file` says how long things are kept. The accounts are wanted `in_any_case` where users come by themselves,
+    through an OpenID provider.
     """
     where = default_database()
     if isinstance(where, Path) and not where.exists() and not in_any_case:
@@ -90,7 +97,7 @@ def access_if_wanted(in_any_case: bool = False) -> AccountAccess | None:
     if not in_any_case and not accounts.users():
         database.close()
         return None
-    return AccountAccess(accounts, Ledger(database))
+    return AccountAccess(accounts, Ledger(database), config_file)
 
 
 class _Body(BaseModel):

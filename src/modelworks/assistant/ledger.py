@@ -31,6 +31,19 @@ _LEAST_ANSWER = 16
 """Tokens below which what is left of a day is not enough for an answer."""
 
 
+USAGE_COLUMNS = (
+    "user",
+    "team",
+    "model",
+    "requests",
+    "failed",
+    "prompt_tokens",
+    "cached_tokens",
+    "completion_tokens",
+)
+"""What `Ledger.usage` gives."""
+
+
 class Ledger:
     """Keeps account of requests in a database, for all servers that share it.
 
@@ -186,9 +199,8 @@ class Ledger:
             query = query.where(UserRow.name == user)
         if user_id is not None:
             query = query.where(UserRow.id == user_id)
-        keys = ("user", "team", "model", "requests", "failed", "prompt_tokens", "cached_tokens", "completion_tokens")
         with self._database.read() as session:
-            return [dict(zip(keys, row, strict=True)) for row in session.execute(query)]
+            return [dict(zip(USAGE_COLUMNS, row, strict=True)) for row in session.execute(query)]
 
 
 def used_by_day(database: Database, days: int, now: float) -> list[dict[str, Any]]:

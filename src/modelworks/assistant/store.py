@@ -78,6 +78,11 @@ class ConversationStore:
         own._owner = user_id
         return own
 
+    @property
+    def database(self) -> Database:
+        """Where they are kept."""
+        return self._database
+
     def close(self) -> None:
         """Let go of the database."""
         self._database.close()

@@ -21,6 +21,6 @@ def create() -> FastAPI:
     plan = WorkerPlan.given()
     if plan.log is not None:
         log_to(plan.log)
-    access = access_if_wanted()
+    access = access_if_wanted(Path(plan.config))
     routers = [account_routes(access), administration_routes(access)] if access else []
     return Configured(Path(plan.config), Store(), plan.workers).app(plan.hosts, access, routers)

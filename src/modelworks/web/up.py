@@ -11,11 +11,12 @@ import json
 import os
 import signal
 import socket
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Coroutine, Iterator
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import psutil
 import uvicorn
@@ -23,6 +24,7 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from modelworks.assistant.retention import keep
 from modelworks.launch import local
 from modelworks.serve.llamacpp import EngineSettings
 from modelworks.spec.errors import InputError, OperationError
@@ -73,9 +75,12 @@ def up(
         listener = listen(host, port)
         announce(url_of(listener))
         server = build(_settings(first_run), hosts=hosts, config_file=config_file)
+        chores = []
+        if config_file is not None and server.services.access is None:  # with users, the accounts do it
+            chores.append(keep(server.services.assistant.store.database, config_file))
         previous = signal.signal(signal.SIGTERM, _as_interrupt)
         try:
-            asyncio.run(_serve(server, listener, first_run, console))
+            asyncio.run(_serve(server, listener, first_run, console, chores))
         except KeyboardInterrupt:
             pass
         finally:
@@ -159,7 +164,13 @@ def _settings(first_run: bool) -> EngineSettings:
     return EngineSettings(threads=max(1, cores // 4)) if first_run else EngineSettings()
 
 
-async def _serve(server: Server, listener: socket.socket, first_run: bool, console: Console) -> None:
+async def _serve(
+    server: Server,
+    listener: socket.socket,
+    first_run: bool,
+    console: Console,
+    more: Collection[Coroutine[Any, Any, None]] = (),
+) -> None:
     config = uvicorn.Config(server.app, log_level="warning", access_log=False, timeout_graceful_shutdown=2)
     running = uvicorn.Server(config)
     serving = asyncio.create_task(running.serve(sockets=[listener]))
@@ -167,7 +178,7 @@ async def _serve(server: Server, listener: socket.socket, first_run: bool, conso
         await asyncio.sleep(0.02)
     if running.started:
         console.print(f"[bold]Modelworks[/bold] is on {url_of(listener)}   (Ctrl-C ends it)", highlight=False)
-    chores = []
+    chores = [asyncio.create_task(chore) for chore in more]
     if server.services.members is None:
         chores.append(asyncio.create_task(_first_model(server.services, console)))
     if first_run:
