@@ -783,7 +783,9 @@ def _serve(
     from modelworks.serve.llamacpp import EngineSettings
     from modelworks.serve.log import log_to
     from modelworks.serve.store import Store
+    from modelworks.serve.tracing import check_tracing
 
+    check_tracing()
     if workers > 1:
         if config is None:
             raise InputError(

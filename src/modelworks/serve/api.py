@@ -34,6 +34,7 @@ from modelworks.serve.metrics import Metrics
 from modelworks.serve.origin import OwnOriginOnly
 from modelworks.serve.requests import ChatRequest, CompletionRequest, EmbeddingRequest, parse
 from modelworks.serve.store import Store
+from modelworks.serve.tracing import begin_tracing, end_tracing
 from modelworks.spec.errors import OperationError
 
 _LOG = logging.getLogger("modelworks.api")
@@ -83,6 +84,7 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        begin_tracing()
         await engine.start()
         if access is not None:
             await access.start()
@@ -94,6 +96,7 @@ def create_app(
         await engine.close()
         if access is not None:
             await access.close()
+        await asyncio.to_thread(end_tracing)
 
     app = FastAPI(title="Modelworks", version=__version__, lifespan=lifespan, docs_url="/v1/docs", redoc_url=None)
     if access is not None:

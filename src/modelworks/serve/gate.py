@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
 from starlette.requests import Request
@@ -20,6 +20,7 @@ from modelworks.serve.errors import RequestError
 from modelworks.serve.fairness import FairQueue
 from modelworks.serve.metrics import Metrics
 from modelworks.serve.requests import ChatRequest, CompletionRequest, EmbeddingRequest
+from modelworks.serve.tracing import Traced, traced, traced_request
 from modelworks.spec.errors import InputError, OperationError
 
 BYTES_PER_TOKEN = 4
@@ -74,7 +75,15 @@ class Gate:
             If the tier doesn't include what is asked for, its limits are reached, or there is too much to do.
         """
         principal = principal_of(request)
-        visit, began = Visit(principal, endpoint, card.name), time.perf_counter()
+        with traced_request(request.headers, endpoint=endpoint, model=card.name) as span:
+            async with self._visit(request, asked, card, Visit(principal, endpoint, card.name), span) as visit:
+                yield visit
+
+    @asynccontextmanager
+    async def _visit(
+        self, request: Request, asked: Asked, card: ModelCard, visit: Visit, span: Traced
+    ) -> AsyncIterator[Visit]:
+        principal, endpoint, began = visit.principal, visit.endpoint, time.perf_counter()
         try:
             if isinstance(asked, ChatRequest) and asked.holds_images and not card.images:
                 raise RequestError(f"the model {card.name} takes text only, and a message holds an image")
@@ -97,7 +106,14 @@ class Gate:
             visit.status = error.status
             raise
         finally:
-            self._note(visit, _total(visit, None, began))
+            total = _total(visit, None, began)
+            span.say(
+                status=visit.status,
+                user=principal.user if principal else None,
+                prompt_tokens=total.prompt_tokens,
+                completion_tokens=total.completion_tokens,
+            )
+            self._note(visit, total)
 
     async def _admitted(self, access: Access, principal: Principal, wanted: Wanted) -> Grant:
         """What is set aside; if the client leaves while it is, it is given back."""
@@ -118,12 +134,15 @@ class Gate:
             return
         tenant = principal.user_id if principal else address_of(request)
         weight = principal.tier.priority if principal else 1.0
-        async with self._queue.place(wanted.model, tenant, weight, wanted.prompt_tokens) as place:
-            try:
-                yield
-            finally:
-                total = _total(visit, wanted, 0.0)
-                place.spent(total.prompt_tokens, total.completion_tokens)
+        with ExitStack() as waiting:
+            waiting.enter_context(traced("queue", model=wanted.model))
+            async with self._queue.place(wanted.model, tenant, weight, wanted.prompt_tokens) as place:
+                waiting.close()
+                try:
+                    yield
+                finally:
+                    total = _total(visit, wanted, 0.0)
+                    place.spent(total.prompt_tokens, total.completion_tokens)
 
     def _note(self, visit: Visit, total: Outcome) -> None:
         """One line for the log and the tenant's figures; nothing of what was said is in it."""

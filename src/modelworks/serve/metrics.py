@@ -21,6 +21,7 @@ from prometheus_client.registry import Collector
 from modelworks.serve.access import Outcome
 from modelworks.serve.engine import Engine, usage_of
 from modelworks.serve.fairness import FairQueue
+from modelworks.serve.tracing import begin
 
 _TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _TPOT_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1)
@@ -114,13 +115,15 @@ class Metrics:
         Without the engine's word, each chunk but the last counts as a token.
         """
         started = first = last = time.perf_counter()
-        chunks, end = 0, ""
+        chunks, end, span = 0, "", begin("first token", model=model)
         try:
             async with aclosing(batches):
                 async for batch in batches:
                     last = time.perf_counter()
                     if not chunks:
                         first = last
+                        span.end()
+                        span = begin("stream", model=model)
                         self._first.labels(model).observe(first - started)
                     chunks += len(batch)
                     end = batch[-1]
@@ -128,6 +131,7 @@ class Metrics:
         finally:
             usage = usage_of(json.loads(end)) if '"usage":' in end else None
             written = usage.completion_tokens if usage else max(chunks - 1, 0)
+            span.end(completion_tokens=written)
             self._written.labels(model).inc(written)
             if outcomes is not None:
                 read, cached = (usage.prompt_tokens, usage.cached_tokens) if usage else (0, 0)

@@ -28,6 +28,7 @@ from modelworks.serve.breaker import Breaker
 from modelworks.serve.config import EngineConfig, ModelConfig, ServeConfig
 from modelworks.serve.engine import Activity, Endpoint, Engine, ModelCard
 from modelworks.serve.errors import RequestError, UnavailableError, UnknownModelError
+from modelworks.serve.tracing import traced
 from modelworks.serve.upstream import UpstreamEngine
 from modelworks.spec.errors import InputError, OperationError
 
@@ -336,7 +337,8 @@ class Router(Engine):
                 member.taken()
                 begun = False
                 try:
-                    given, first = await ask(target)
+                    with traced("attempt", engine=member.name, model=target.model):
+                        given, first = await ask(target)
                     begun = True
                 except UnavailableError as error:
                     failures.append(error)
