@@ -812,7 +812,7 @@ def _serve_by_workers(config: Path, workers: int, host: str, port: int, hosts: l
 
     if log is not None:
         log_to(log)  # a file that can't be written is said before anything begins
-    access = access_if_wanted()  # brings the database to the newest schema, once
+    access = access_if_wanted(config)  # brings the database to the newest schema, once
     if access is not None:
         access.accounts.database.close()
     run_workers(

@@ -19,6 +19,7 @@ from modelworks.assistant.database import Database, default_database
 from modelworks.assistant.ledger import BEAT_S, Ledger
 from modelworks.assistant.retention import keep
 from modelworks.serve.access import SCOPES, Grant, Outcome, Principal, Wanted, address_of, principal_of
+from modelworks.serve.config import load_config, oidc_of
 from modelworks.serve.errors import RequestError, UnavailableError
 from modelworks.spec.errors import InputError, OperationError
 
@@ -83,18 +84,21 @@ class AccountAccess:
         await _in_thread(self.accounts.note, actor, action, subject)
 
 
-def access_if_wanted(config_file: Path | None = None, in_any_case: bool = False) -> AccountAccess | None:
-    """The accounts, if this installation has users; None if it has none, and all is open.
+def access_if_wanted(config_file: Path | None = None) -> AccountAccess | None:
+    """The accounts, if this installation has users or an OpenID provider; None if it has neither, and all is open.
 
-    `config_file` says how long things are kept. The accounts are wanted `in_any_case` where users come by themselves,
-    through an OpenID provider.
+    Raises
+    ------
+    InputError
+        If the configuration file can't be used.
     """
     where = default_database()
-    if isinstance(where, Path) and not where.exists() and not in_any_case:
+    provider = oidc_of(load_config(config_file) if config_file is not None else None)
+    if provider is None and isinstance(where, Path) and not where.exists():
         return None
     database = Database(where)
     accounts = Accounts(database)
-    if not in_any_case and not accounts.users():
+    if provider is None and not accounts.users():
         database.close()
         return None
     return AccountAccess(accounts, Ledger(database), config_file)

@@ -70,10 +70,17 @@ class FairQueue:
         self._floor = 0.0
         self._answer_cost = WRITTEN * _FIRST_GUESS
         self._answer_s = 1.0
+        self.tell: Callable[[str, float], None] | None = None
+        """Told what a request has cost its tenant, for other processes' queues (`charge`)."""
 
     def change(self, waiting: int, wait_s: float) -> None:
         """Other limits, from now on."""
         self._most_waiting, self._wait_s = waiting, wait_s
+
+    def charge(self, tenant: str, cost: float) -> None:
+        """Count what was done for a tenant elsewhere, as `tell` has it; of no concern while it has nothing here."""
+        if tenant in self._present:
+            self._count[tenant] += cost
 
     def waiting(self) -> dict[str, int]:
         """How many wait, by model."""
@@ -118,6 +125,8 @@ class FairQueue:
             self._count[tenant] += (place.cost - waiter.cost) / weight
             self._guessed[tenant] -= waiter.cost / weight
             self._running[model] -= 1
+            if self.tell is not None:
+                self.tell(tenant, place.cost / weight)
             self._leave(tenant)
             self._go_on(model)
 

@@ -24,6 +24,7 @@ from modelworks.serve.errors import RequestError
 from modelworks.serve.fairness import FairQueue
 from modelworks.serve.llamacpp import EngineSettings, LlamaCppEngine
 from modelworks.serve.routing import Member, Router
+from modelworks.serve.shared import share_turns
 from modelworks.serve.store import Store
 from modelworks.spec.errors import InputError
 
@@ -169,8 +170,9 @@ class Configured:
         return app
 
     def attach(self, app: FastAPI) -> None:
-        """Read the file again on SIGHUP, as long as an application runs."""
+        """Read the file again on SIGHUP, and share turns with other processes, as long as an application runs."""
         _on_hangup(app, self.reload)
+        share_turns(app, self.queue)
 
 
 def check_share(config: ServeConfig, share: int, where: str) -> None:

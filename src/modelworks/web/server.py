@@ -73,7 +73,7 @@ def build(
         If the database can't be used.
     """
     oidc = oidc_of(load_config(config_file) if config_file is not None else None)
-    store, access = Store(), access_if_wanted(config_file, oidc is not None)
+    store, access = Store(), access_if_wanted(config_file)
     behind = Engines(store, settings or EngineSettings(), config_file, access)
     assistant = Assistant(ConversationStore(database or default_database()), behind.engine, SAMPLING)
     services = Services(store, behind.engine, assistant, access=access, members=behind.members)

@@ -106,11 +106,14 @@ class SignedIn:
             if message["type"] == "websocket.receive" and time.monotonic() - looked > LOOK_AGAIN_S:
                 looked = time.monotonic()
                 try:
-                    await asyncio.to_thread(self._access.accounts.still, principal.key_id)
+                    now = await asyncio.to_thread(self._access.accounts.still, principal.key_id)
+                    ended = not principal.scopes <= now.scopes  # such as an administrator who is none any more
                 except RequestError:
-                    return {"type": "websocket.disconnect", "code": 1008, "reason": "the sign-in has ended"}
+                    ended = True
                 except OperationError:
-                    pass  # a database that is away for a moment ends no session
+                    ended = False  # a database that is away for a moment ends no session
+                if ended:
+                    return {"type": "websocket.disconnect", "code": 1008, "reason": "the sign-in has ended"}
             return message
 
         return watched
