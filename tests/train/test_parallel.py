@@ -256,9 +256,7 @@ def assert_alike(found: list[dict[str, Any]], expected: dict[str, Any]) -> None:
 _oracles: dict[str, dict[str, Any]] = {}
 
 
-def oracle(
-    network: str, optimizer: str, text: Path, folder: Path, like: RunSpec, steps: int = STEPS
-) -> dict[str, Any]:
+def oracle(network: str, optimizer: str, text: Path, folder: Path, like: RunSpec, steps: int = STEPS) -> dict[str, Any]:
     """What one process makes of a run of as many layers, on the same micro batches."""
     micro_batch = like.train.micro_batch
     assert micro_batch != "auto"
