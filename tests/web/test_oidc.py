@@ -120,11 +120,25 @@ def world() -> Iterator[World]:
 
 
 @pytest.fixture
-def place(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Accounts]]:
-    """A server whose pages say who is there, and its accounts."""
+def place(server: tuple[str, Accounts], world: World) -> tuple[str, Accounts]:
+    """The server without a user, and the provider with its one person, doing what it should."""
+    for user in server[1].users():
+        server[1].remove_user(user.name)
     world.person = {"sub": "248289761001", "preferred_username": "jane", "groups": ["staff", "grok-premium", "ops"]}
     world.claims, world.signed_by, world.header = {}, None, {"alg": "RS256", "kid": "first"}
-    monkeypatch.setenv("THE_SECRET", SECRET)
+    return server
+
+
+@pytest.fixture(scope="module")
+def server(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Accounts]]:
+    """A server whose pages say who is there, and its accounts."""
+    tmp_path = tmp_path_factory.mktemp("server")
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("THE_SECRET", SECRET)
+        yield from running(world, tmp_path)
+
+
+def running(world: World, tmp_path: Path) -> Iterator[tuple[str, Accounts]]:
     config = OidcConfig(
         issuer=world.issuer,
         client_id=CLIENT,
@@ -260,7 +274,8 @@ def test_a_new_key_of_the_provider_is_fetched(place: tuple[str, Accounts], world
         try:
             assert follow(client, address).status_code == 303
         finally:
-            world.key = before
+            world.key, world.header = before, {"alg": "RS256", "kid": "first"}
+        assert follow(client, address).status_code == 303  # and back
 
 
 @pytest.mark.parametrize(

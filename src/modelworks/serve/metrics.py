@@ -83,7 +83,7 @@ class Metrics:
             return generate_latest(self._registry)
         self._show()
         registry = CollectorRegistry()
-        MultiProcessCollector(registry)
+        MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
         return generate_latest(registry)
 
     async def keep_showing(self) -> None:

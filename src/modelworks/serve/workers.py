@@ -9,6 +9,7 @@ mode).
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import signal
@@ -22,11 +23,14 @@ from pathlib import Path
 
 import uvicorn
 from prometheus_client.multiprocess import mark_process_dead
-from uvicorn.supervisors import Multiprocess
+from uvicorn.config import STARTUP_FAILURE
+from uvicorn.supervisors.multiprocess import Multiprocess, Process
 
 from modelworks.serve.config import load_config
 from modelworks.serve.listen import announce, check_share, open_port
+from modelworks.spec.errors import OperationError
 
+_LOG = logging.getLogger("modelworks.workers")
 PLAN = "MODELWORKS_WORKER"
 """The environment variable in which a worker finds what it serves."""
 METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
@@ -78,6 +82,8 @@ def run_workers(
     ------
     InputError
         If the file can't be used, or names an engine inside the process; or the port can't be opened.
+    OperationError
+        If a worker can't start.
     """
     config = load_config(config_file)
     check_share(config, workers, str(config_file))
@@ -94,15 +100,21 @@ def run_workers(
             access_log=False,
             timeout_graceful_shutdown=math.ceil(config.drain_s),
         )
-        Supervisor(settings, [listener]).run()
+        supervisor = Supervisor(settings, [listener])
+        supervisor.run()
+        if supervisor.failed:
+            raise OperationError("a worker could not start; what it said is above")
 
 
 class Supervisor(Multiprocess):
-    """uvicorn's, which passes SIGHUP on instead of starting the workers anew: their answers go on."""
+    """uvicorn's, with two differences. SIGHUP is passed on instead of starting the workers anew: their answers go on.
+    And a worker is replaced when it has died, and not when it says nothing for a while: on a busy machine it says
+    nothing while it starts, and whoever waits for its word hears no signal."""
 
     def __init__(self, config: uvicorn.Config, sockets: list[socket.socket]) -> None:
         super().__init__(config, sockets)
-        self._known: set[int] = set()
+        self.failed = False
+        """Whether a worker could not start."""
 
     def handle_hup(self) -> None:
         """Have all workers read the configuration again."""
@@ -112,11 +124,19 @@ class Supervisor(Multiprocess):
 
     def keep_subprocess_alive(self) -> None:
         """Start another worker where one has died, and stop counting what the dead one was doing."""
-        super().keep_subprocess_alive()
-        alive = {process.pid for process in self.processes if process.pid is not None}
-        for pid in self._known - alive:
-            mark_process_dead(pid)
-        self._known = alive
+        for index, process in enumerate(self.processes):
+            if self.should_exit.is_set() or process.process.is_alive():
+                continue
+            process.join()
+            if process.pid is not None:
+                mark_process_dead(process.pid)  # type: ignore[no-untyped-call]
+            if process.exitcode == STARTUP_FAILURE:
+                self.failed = True
+                self.should_exit.set()
+                return
+            _LOG.warning("a worker has died (%s); another one begins", process.exitcode)
+            self.processes[index] = Process(self.config, self.sockets)
+            self.processes[index].start()
 
 
 def end_with_parent() -> None:

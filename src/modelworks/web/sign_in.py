@@ -269,8 +269,8 @@ def _errand_of(request: Request) -> Errand | None:
     """What the browser has brought back from the provider; None if it isn't whole."""
     try:
         values = json.loads(base64.urlsafe_b64decode(request.cookies.get(_errand_name(request.scope), "")))
-        texts = [str(values[name]) for name in ("state", "nonce", "verifier", "target")]
-        return Errand(*texts, float(values["began"])) if all(texts) else None
+        state, nonce, verifier, target = (str(values[name]) for name in ("state", "nonce", "verifier", "target"))
+        return Errand(state, nonce, verifier, target, float(values["began"])) if state and nonce and verifier else None
     except (ValueError, KeyError, TypeError):
         return None
 
