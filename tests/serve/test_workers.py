@@ -100,8 +100,11 @@ def test_workers_answer_are_counted_together_and_one_that_is_killed_is_replaced(
     wait_for(lambda: len(fleet.pids()) == 2 and victim not in fleet.pids(), 60)
     assert ask(fleet.address) == list(range(8))
     assert fleet.metric("modelworks_requests_total") == 13.0
-    assert len(fleet.log.read_text().splitlines()) == 13
-    assert all(json.loads(line)["status"] == 200 for line in fleet.log.read_text().splitlines())
+    lines = [json.loads(line) for line in fleet.log.read_text().splitlines()]
+    assert [line["status"] for line in lines if line["message"] == "request"] == [200] * 13
+    assert [line["message"] for line in lines if line["from"] == "modelworks.workers"] == [
+        "a worker has died (-9); another one begins"
+    ]
 
 
 def test_hangup_has_every_worker_read_the_configuration_again(fleet: Fleet, stub: Stub) -> None:
