@@ -374,7 +374,7 @@ def test_the_theme_that_was_chosen_is_remembered(page):
     page.wait_for_function("document.body.classList.contains('body--dark')")
 
 
-def test_a_kill_in_mid_answer_leaves_the_conversation_and_marks_the_answer(browser, home, tmp_path):
+def test_an_answer_cut_short_by_a_kill_is_there_and_goes_on(browser, home, tmp_path):
     other = tmp_path / "home"
     other.mkdir()
     (other / "models").symlink_to(home / "models")
@@ -388,12 +388,22 @@ def test_a_kill_in_mid_answer_leaves_the_conversation_and_marks_the_answer(brows
     page.close()
     again = RunningServer(other)
     store = ConversationStore(other / "modelworks.db")
-    question, answer = store.thread(store.conversations()[0].id)
-    store.close()
-    again.end()
+    conversation = store.conversations()[0].id
+    question, answer = store.thread(conversation)
     assert question.content == "Tell me a long story about a whale."
     assert answer.state == "interrupted"
     assert len(answer.content) > 20
+    page = browser.new_page()
+    page.goto(f"{again.url}/c/{conversation}")
+    page.get_by_label("Go on").click()
+    grown = f"document.querySelector('.said')?.innerText.length > {len(answer.content) + 40}"
+    page.wait_for_function(grown, timeout=60_000)
+    page.get_by_label("Stop", exact=True).click()
+    page.get_by_label("Answer again").wait_for()
+    page.close()
+    assert store.thread(conversation)[-1].content.startswith(answer.content)
+    store.close()
+    again.end()
 
 
 def test_a_page_of_another_origin_can_neither_read_the_pages_nor_open_their_websocket(server):
