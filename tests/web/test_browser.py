@@ -127,20 +127,65 @@ def test_a_message_is_answered_in_a_stream_and_found_again_after_a_reload(page):
     assert page.locator(".talk.here").inner_text().startswith("Tell me a long story")
 
 
+HOSTILE = [
+    "<img src=x onerror=\"document.title='hacked'\"><script>document.title='hacked'</script>",
+    "<svg onload=\"document.title='hacked'\"><animate onbegin=\"document.title='hacked'\"/></svg>",
+    "[x](javascript:document.title='hacked') ![y](javascript:document.title='hacked')",
+    "<iframe srcdoc=\"<script>parent.document.title='hacked'</script>\"></iframe><a href=data:text/html,x>z</a>",
+    '```"><img src=x onerror="document.title=\'hacked\'">\ncode\n```',
+    "|a|\n|-|\n|<details open ontoggle=\"document.title='hacked'\">|",
+    "{{constructor.constructor(\"document.title='hacked'\")()}} <math><mtext><style><img src=x onerror=alert(1)>",
+]
+
+
 def test_hostile_words_of_a_model_do_nothing(page, home):
     store = ConversationStore(home / "modelworks.db")
     conversation = store.create(MODEL)
-    attack = "<img src=x onerror=\"document.title='hacked'\"><script>document.title='hacked'</script>"
-    question = store.add(conversation.id, "user", attack, None)
-    store.add(conversation.id, "assistant", f"{attack}\n\n[x](javascript:document.title='hacked')", question.id, MODEL)
-    store.rename(conversation.id, attack)
+    last = None
+    for attack in HOSTILE:
+        last = store.add(conversation.id, "user", attack, last and last.id)
+        last = store.add(conversation.id, "assistant", attack, last.id, model=attack)
+    store.save(last.id, HOSTILE[0], "failed", HOSTILE[1])
+    store.rename(conversation.id, HOSTILE[0])
     store.close()
-    page.goto(f"/c/{conversation.id}")
-    page.locator(".said").first.wait_for()
+    run = home / "runs" / "<img src=x onerror=alert(1)>"  # a folder's name is a stranger's word as well
+    run.mkdir(parents=True)
+    for address in (f"/c/{conversation.id}", "/runs", "/models"):
+        page.goto(address)
+        page.get_by_label("Menu").wait_for()
+        if address.startswith("/c/"):
+            page.locator(".said").nth(len(HOSTILE) - 1).wait_for()
+            assert "onerror" in page.locator(".said").first.inner_text()
+        page.wait_for_timeout(300)
+        active = ".chat img, .chat script, .chat iframe, .said svg, .talk img, .said a, .q-page img"
+        assert page.locator(active).count() == 0
+        assert page.evaluate("document.title") != "hacked"
+    run.rmdir()
+
+
+def test_the_pages_keep_to_their_policy_and_it_stops_what_should_have_got_through(page, talk):
+    refused = []
+    page.on("console", lambda message: refused.append(message.text) if "Content Security" in message.text else None)
+    for address in ("/", f"/c/{talk}", "/plan", "/supercomputer", "/runs", "/models"):
+        answer = page.goto(address)
+        assert "script-src-attr 'none'" in answer.headers["content-security-policy"]
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        page.get_by_label("Menu").wait_for()
+        page.wait_for_timeout(300)
+    assert refused == []
+    page.evaluate(
+        """() => {
+          document.body.insertAdjacentHTML("beforeend", `<img src=x onerror="document.title = 'hacked'">`);
+          document.body.insertAdjacentHTML("beforeend", `<img src="http://127.0.0.1:9/what-was-said">`);
+          document.body.insertAdjacentHTML("beforeend", `<iframe src="http://127.0.0.1:9/"></iframe>`);
+        }"""
+    )
+    sent = "fetch('http://127.0.0.1:9/', {method: 'POST', body: 'what was said'}).then(() => 'sent', String)"
+    assert page.evaluate(sent) != "sent"
     page.wait_for_timeout(500)
-    assert "onerror" in page.locator(".said").first.inner_text()
-    assert page.locator(".chat img, .chat script, .talk img, .said a").count() == 0
     assert page.evaluate("document.title") != "hacked"
+    for directive in ("script-src-attr", "img-src", "connect-src"):
+        assert any(directive in line for line in refused), directive
 
 
 def test_what_is_typed_survives_a_reload(page):

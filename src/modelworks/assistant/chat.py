@@ -175,6 +175,7 @@ class Assistant:
 
     async def _write(self, answer: Answer, model: str, history: Sequence[Message]) -> None:
         conversation_id = answer.message.conversation_id
+        saving = asyncio.create_task(self._keep_saving(answer), name=f"save {answer.message.id}")
         try:
             await self._stream(answer, model, history)
             answer.state = "complete"
@@ -186,12 +187,23 @@ class Assistant:
             answer.state, answer.notice = "failed", f"the engine broke off: {error}"
             raise
         finally:
+            saving.cancel()
             # Not in a thread: at a server's end the loop's threads may already be gone.
             try:
                 self.store.save(answer.message.id, answer.text, answer.state, answer.notice)
             finally:
                 self._running.pop(conversation_id, None)
                 answer.finished.set()
+
+    async def _keep_saving(self, answer: Answer) -> None:
+        """What has come so far goes to the database, also while the engine is silent."""
+        saved = answer.text
+        while True:
+            await asyncio.sleep(SAVE_EVERY_S)
+            if answer.text != saved:
+                saved = answer.text
+                with suppress(OperationError):  # the last one says what is wrong, if it still is
+                    await asyncio.to_thread(self.store.save, answer.message.id, saved, "writing", answer.notice)
 
     async def _stream(self, answer: Answer, model: str, history: Sequence[Message]) -> None:
         turns, left_out = await fit(self.engine, model, history)
@@ -211,23 +223,19 @@ class Assistant:
                 return
 
     async def _listen(self, answer: Answer, model: str, turns: Sequence[dict[str, str]]) -> None:
-        began = saved = time.monotonic()
+        began = time.monotonic()
         sampling = self._sampling
         if turns[-1]["role"] == "assistant":  # it goes on with it; llama.cpp does so anyway, others have to be told
             sampling = sampling | {"continue_final_message": True, "add_generation_prompt": False}
         async with aclosing(self.engine.chat(model, [PERSONA, *turns], **sampling)) as deltas:
             async for delta in deltas:
                 answer.text += delta.text
-                now = time.monotonic()
-                answer.seconds = now - began
+                answer.seconds = time.monotonic() - began
                 if delta.usage is not None:
                     answer.tokens = delta.usage.completion_tokens
                 if delta.finish_reason == "length":
                     cut = "The answer was cut: it reached the longest that is allowed."
                     answer.notice = f"{answer.notice} {cut}" if answer.notice else cut
-                if now - saved >= SAVE_EVERY_S:
-                    saved = now
-                    await asyncio.to_thread(self.store.save, answer.message.id, answer.text, "writing", answer.notice)
 
 
 async def fit(engine: Engine, model: str, history: Sequence[Message]) -> tuple[list[dict[str, str]], int]:

@@ -22,6 +22,7 @@ from modelworks.serve.llamacpp import EngineSettings, LlamaCppEngine
 from modelworks.serve.store import Store
 from modelworks.spec.errors import InputError
 from modelworks.spec.home import home
+from modelworks.web.policy import PagePolicy
 from modelworks.web.services import Services
 
 SAMPLING = {"temperature": 0.7, "top_p": 0.9, "repeat_penalty": 1.1, "max_tokens": 1024}
@@ -55,6 +56,7 @@ def build(settings: EngineSettings | None = None, database: Path | None = None, 
     _close_first(app, assistant)
     _add_static(app)
     _add_pages(app, services)
+    app.add_middleware(PagePolicy)
     return Server(app, services)
 
 
