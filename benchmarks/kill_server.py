@@ -46,6 +46,8 @@ class Asked:
     state: str = "writing"
     seen_at: list[tuple[float, int]] = field(default_factory=list)
     """When so many characters had been seen."""
+    killed_at: float = 0.0
+    """When the server that was writing it was killed."""
 
     @property
     def path(self) -> str:
@@ -123,7 +125,7 @@ def check_file(file: Path) -> list[str]:
     return wrong
 
 
-def check(server: Server, asked: list[Asked], killed_at: float) -> list[str]:
+def check(server: Server, asked: list[Asked]) -> list[str]:
     """What was acknowledged and is not there."""
     wrong = []
     for one in asked:
@@ -139,7 +141,7 @@ def check(server: Server, asked: list[Asked], killed_at: float) -> list[str]:
                 wrong.append(f"the answer {one.answer_id} was {one.state} and is another one now")
         elif kept["state"] != "complete":
             # What was seen longer ago than two savings has to be there, and be the same.
-            due = max((length for at, length in one.seen_at if at < killed_at - 2 * SAVE_EVERY_S), default=0)
+            due = max((length for at, length in one.seen_at if at < one.killed_at - 2 * SAVE_EVERY_S), default=0)
             common = min(len(kept["content"]), len(one.seen))
             if kept["content"][:common] != one.seen[:common] or len(kept["content"]) < due:
                 wrong.append(f"the answer {one.answer_id} has {len(kept['content'])} characters of {len(one.seen)}")
@@ -171,7 +173,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         (home / "models").symlink_to(model_file.parents[1])
-        killed_at = 0.0
         for round_ in range(options.kills + 1):
             began = time.monotonic()
             server = Server(home)
@@ -179,7 +180,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             last = round_ == options.kills
             # Everything at the end; on the way what the last kill could have hurt, and some of the rest.
             older = everything if last else chance.sample(everything, min(len(everything), 10))
-            found["wrong"] += check(server, recent + older, killed_at)
+            found["wrong"] += check(server, recent + older)
             everything += recent
             cut = [one for one in recent if one.state == "writing"]
             found["answers_cut_short"] += len(cut)
@@ -202,6 +203,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             killed_at = server.kill()
             for client in clients:
                 client.join()
+            for one in recent:
+                one.killed_at = killed_at
             found["wrong"] += check_file(home / "modelworks.db")
             found["kills"] += 1
             found["questions"] += len(recent)

@@ -39,8 +39,8 @@ class Process:
     stub: Stub
     client: httpx.Client
     database: Database
-    errors: Path
-    """What it has written to standard error."""
+    home: Path
+    """Where its database, its log and what it wrote to standard error are."""
 
     def held(self) -> dict[str, Any]:
         """What the process holds."""
@@ -83,15 +83,14 @@ def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
         f'[engines.stub]\nurl = "{stub.url}"\nconcurrency = {CONCURRENCY}\n[queue]\nwaiting = {WAITING}\n'
     )
     environment = {name: value for name, value in os.environ.items() if name != "MODELWORKS_DATABASE"}
-    command = [sys.executable, str(_GATEWAY), str(config)]
-    errors = home / "errors.txt"
+    command = [sys.executable, str(_GATEWAY), str(config), str(home / "log.jsonl")]
     environment["MODELWORKS_HOME"] = str(home)
-    with errors.open("w") as written:
+    with (home / "errors.txt").open("w") as written:
         server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=written, text=True, env=environment)
     assert server.stdout is not None
     address = next(word for word in server.stdout.readline().split() if word.startswith("http")).removesuffix("/v1")
     with plain_client() as client:
-        yield Process(address, keys, stub, client, database, errors)
+        yield Process(address, keys, stub, client, database, home)
     server.terminate()
     server.wait(30)
     stub.end()
@@ -192,4 +191,20 @@ def test_a_thousand_clients_that_vanish_leave_nothing_behind(process: Process) -
             assert block
             answer += block
     assert answer.count(b'"content"') == 8
-    assert process.errors.read_text() == ""
+    assert_nothing_is_told(process)
+
+
+def assert_nothing_is_told(process: Process) -> None:
+    """The log says who asked, and never what, nor with which key."""
+    assert (process.home / "errors.txt").read_text() == ""
+    written = (process.home / "log.jsonl").read_text()
+    lines = [json.loads(line) for line in written.splitlines()]
+    assert {"flood", "small"} <= {line["user"] for line in lines if line["message"] == "request"}
+    assert len(lines) > 500
+    kept = b"".join(file.read_bytes() for file in process.home.glob("modelworks.db*"))
+    for key in process.keys.values():
+        secret = key.split("-", 2)[2]
+        assert secret not in written
+        assert secret.encode() not in kept
+    assert HELLO[0]["content"] not in written
+    assert "@" not in written  # the stub's words are numbers at times

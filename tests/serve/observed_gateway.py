@@ -1,6 +1,6 @@
-"""`modelworks serve --config`, with one route more: what the process holds, so that a test sees what is left behind.
+"""`modelworks serve --config --log`, with one route more, which tells what the process holds.
 
-python tests/serve/observed_gateway.py serve.toml
+python tests/serve/observed_gateway.py serve.toml log.jsonl
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from fastapi import APIRouter
 
 from modelworks.assistant.gateway import access_if_wanted, account_routes, administration_routes
 from modelworks.serve.listen import gateway
+from modelworks.serve.log import log_to
 from modelworks.serve.store import Store
 
 routes = APIRouter()
@@ -38,6 +39,7 @@ async def held() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    log_to(sys.argv[2])
     access = access_if_wanted()
     accounts = [account_routes(access), administration_routes(access)] if access else []
     gateway(Path(sys.argv[1]), Store(), host="127.0.0.1", port=0, access=access, routers=[*accounts, routes])

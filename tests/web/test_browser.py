@@ -1,11 +1,13 @@
 """The pages in a real browser, on a real server with SmolLM2, as a person would use them."""
 
+import http.server
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -459,6 +461,62 @@ def test_a_page_of_another_origin_can_neither_read_the_pages_nor_open_their_webs
     upgrade["Sec-WebSocket-Key"] = "dGhlIHNhbXBsZSBub25jZQ=="
     for address, headers in ((socket_io, {}), (socket_io.replace("polling", "websocket"), upgrade)):
         assert httpx.get(address, headers={"Origin": "http://evil.example", **headers}).status_code == 403
+
+
+def test_another_sites_page_begins_no_conversation_and_no_path_leads_outside(page, server):
+    before = httpx.get(f"{server.url}/v1/chats").json()["data"]
+
+    class Evil(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):  # noqa: N802
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            form = f"<form method=post enctype=text/plain action='{server.url}/v1/chats'>"
+            self.wfile.write(f"{form}<input name='{{\"model\":\"x' value='\"}}'></form>".encode())
+
+        def log_message(self, *_):
+            """Quiet."""
+
+    evil = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Evil)
+    threading.Thread(target=evil.serve_forever, daemon=True).start()
+    page.goto(f"http://127.0.0.1:{evil.server_port}/")
+    tried = page.evaluate(
+        """async (url) => {
+          const post = {method: "POST", body: '{"model": "x"}', headers: {"Content-Type": "text/plain"}};
+          const told = [];
+          for (const options of [post, {...post, mode: "no-cors"}, {...post, credentials: "include"}])
+            told.push(await fetch(url + "/v1/chats", options).then((answer) => answer.status, String));
+          told.push(await new Promise((done) => {
+            const socket = new WebSocket(url.replace("http", "ws") + "/_nicegui_ws/socket.io/?EIO=4&transport=websocket");
+            socket.onopen = () => done("open");
+            socket.onerror = () => done("refused");
+          }));
+          return told;
+        }""",
+        server.url,
+    )
+    assert tried[0].startswith("TypeError")
+    assert tried[1] == 0  # opaque: it was sent, and what came back can't be read
+    assert tried[3] == "refused"
+    page.evaluate("document.forms[0].submit()")
+    page.wait_for_url(f"{server.url}/v1/chats")
+    assert "may not use this server" in page.content()
+    evil.shutdown()
+    assert httpx.get(f"{server.url}/v1/chats").json()["data"] == before
+    host, port = server.url.removeprefix("http://").split(":")
+    for path in (
+        "/../etc/passwd",
+        "/_modelworks/..%2f..%2fetc%2fpasswd",
+        "/_nicegui/x/static/..%2f..%2f..%2fetc%2fpasswd",
+    ):
+        for climb in (path, path.replace("..%2f", "../"), path.replace("..", "%2e%2e")):
+            with socket.create_connection((host, int(port)), timeout=10) as connection:
+                connection.sendall(f"GET {climb} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+                answer = b""
+                while block := connection.recv(1 << 16):
+                    answer += block
+            assert answer.split()[1] in {b"400", b"404"}
+            assert b"root:x:" not in answer
 
 
 def test_a_page_closed_with_a_question_open_leaves_no_error_behind(browser, home, tmp_path):
