@@ -467,7 +467,7 @@ def test_another_sites_page_begins_no_conversation_and_no_path_leads_outside(pag
     before = httpx.get(f"{server.url}/v1/chats").json()["data"]
 
     class Evil(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):  # noqa: N802
+        def do_GET(self):
             self.send_response(200)
             self.send_header("Content-Type", "text/html")
             self.end_headers()
@@ -487,7 +487,8 @@ def test_another_sites_page_begins_no_conversation_and_no_path_leads_outside(pag
           for (const options of [post, {...post, mode: "no-cors"}, {...post, credentials: "include"}])
             told.push(await fetch(url + "/v1/chats", options).then((answer) => answer.status, String));
           told.push(await new Promise((done) => {
-            const socket = new WebSocket(url.replace("http", "ws") + "/_nicegui_ws/socket.io/?EIO=4&transport=websocket");
+            const address = url.replace("http", "ws") + "/_nicegui_ws/socket.io/?EIO=4&transport=websocket";
+            const socket = new WebSocket(address);
             socket.onopen = () => done("open");
             socket.onerror = () => done("refused");
           }));
@@ -495,8 +496,7 @@ def test_another_sites_page_begins_no_conversation_and_no_path_leads_outside(pag
         }""",
         server.url,
     )
-    assert tried[0].startswith("TypeError")
-    assert tried[1] == 0  # opaque: it was sent, and what came back can't be read
+    assert all(told.startswith("TypeError") for told in tried[:3])
     assert tried[3] == "refused"
     page.evaluate("document.forms[0].submit()")
     page.wait_for_url(f"{server.url}/v1/chats")
