@@ -24,7 +24,7 @@ up: $(VENV)/.installed-all
 	$(BIN)/modelworks up $(if $(CHECK),--check) $(if $(PORT),--port $(PORT))
 
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

@@ -1,12 +1,11 @@
 """Several processes that run one function together, for tests of what they do to each other.
 
-They are forked once from a server that has loaded PyTorch, since importing it takes longer than most tests, and stay
-for the next call; a call that fails ends them.
+They are forked from a server that has loaded PyTorch, since importing it takes longer than most tests, and end with the
+call: PyTorch keeps the threads of every group that a process has ever been in.
 """
 
 from __future__ import annotations
 
-import atexit
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -24,7 +23,6 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     ["torch", "torch.distributed.fsdp", "torch.distributed.tensor", "modelworks.train.loop"]
 )
-_members: list[tuple[Any, Any]] = []
 
 
 def together(count: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 300.0) -> list[Any]:
@@ -32,18 +30,18 @@ def together(count: int, function: Callable[..., Any], *arguments: Any, timeout_
 
     Function, arguments and results must be picklable. A process that raises, or one that is late, fails the test.
     """
-    while len(_members) < count:
-        ours, theirs = _CONTEXT.Pipe()
-        process = _CONTEXT.Process(target=_member, args=(theirs,), daemon=True)
-        process.start()
-        theirs.close()
-        _members.append((process, ours))
+    members = []
     with tempfile.TemporaryDirectory() as folder:
         try:
-            for rank, (_, pipe) in enumerate(_members[:count]):
-                pipe.send((rank, count, Path(folder), dict(os.environ), function, arguments))
+            ranks: dict[Any, int] = {}
+            for rank in range(count):
+                ours, theirs = _CONTEXT.Pipe()
+                call = (theirs, rank, count, Path(folder), dict(os.environ), function, arguments)
+                members.append(_CONTEXT.Process(target=_member, args=call, daemon=True))
+                members[-1].start()
+                theirs.close()
+                ranks[ours] = rank
             results: dict[int, Any] = {}
-            ranks = {pipe: rank for rank, (_, pipe) in enumerate(_members[:count])}
             deadline = time.monotonic() + timeout_s
             while ranks:
                 # The first one to fail is shown, and not those that wait for it.
@@ -56,37 +54,36 @@ def together(count: int, function: Callable[..., Any], *arguments: Any, timeout_
                     failed, results[rank] = pipe.recv()
                     assert not failed, f"process {rank} of {count}:\n{results[rank]}"
             return [results[rank] for rank in range(count)]
-        except BaseException:
-            _end()
-            raise
+        finally:
+            for process in members:
+                process.kill()
+                process.join()
 
 
-@atexit.register
-def _end() -> None:
-    for process, _ in _members:
-        process.kill()
-        process.join()
-    _members.clear()
-
-
-def _member(pipe: Any) -> None:
+def _member(
+    pipe: Any,
+    rank: int,
+    count: int,
+    folder: Path,
+    environment: dict[str, str],
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+) -> None:
     import torch
     import torch.distributed as dist
 
     from modelworks.train.ranks import Ranks
 
     torch.set_num_threads(1)
-    while True:
-        rank, count, folder, environment, function, arguments = pipe.recv()
-        os.environ.update(environment)
-        try:
-            if count > 1:
-                store = dist.FileStore(str(folder / "store"), count)
-                dist.init_process_group("gloo", store=store, rank=rank, world_size=count)
-            result = function(Ranks(rank, count), *arguments)
-            if count > 1:
-                dist.barrier()
-                dist.destroy_process_group()
-            pipe.send((False, result))
-        except BaseException:  # noqa: BLE001 - whatever it is, the test shows it
-            pipe.send((True, traceback.format_exc()))
+    os.environ.update(environment)
+    try:
+        if count > 1:
+            store = dist.FileStore(str(folder / "store"), count)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=count)
+        result = function(Ranks(rank, count), *arguments)
+        if count > 1:
+            dist.barrier()
+            dist.destroy_process_group()
+        pipe.send((False, result))
+    except BaseException:  # noqa: BLE001 - whatever it is, the test shows it
+        pipe.send((True, traceback.format_exc()))

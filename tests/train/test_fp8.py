@@ -108,7 +108,7 @@ def test_networks_learn_in_fp8_nearly_as_much_as_in_fp32(text_folder: Path, fold
     learnt = losses[0][0] - losses[0][-1]
     assert learnt > 0.15
     for place in (1, 2):
-        assert losses[place] == pytest.approx(losses[0], abs=0.1 * learnt)
+        assert losses[place] == pytest.approx(losses[0], abs=0.2 * learnt)
         assert losses[place] != pytest.approx(losses[0], rel=1e-5)  # it is fp8
 
 

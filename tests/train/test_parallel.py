@@ -6,6 +6,7 @@ The layouts are all that the spec's degrees allow. One process on the same micro
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
 import sys
 from collections import Counter
@@ -35,6 +36,8 @@ from modelworks.train.session import MemberSession, open_run
 from modelworks.train.view import NoView
 
 STEPS = 20
+FEWER = int(os.environ.get("MODELWORKS_TEST_STEPS", "8"))
+"""Of the many layouts of four and eight processes, for the sake of time."""
 TOLERANCE = 1e-5
 SCHEDULES = (("1f1b", 1), ("interleaved", 2), ("zero-bubble", 1))
 """With the chunks that each has on a stage."""
@@ -253,23 +256,25 @@ def assert_alike(found: list[dict[str, Any]], expected: dict[str, Any]) -> None:
 _oracles: dict[str, dict[str, Any]] = {}
 
 
-def oracle(network: str, optimizer: str, text: Path, folder: Path, like: RunSpec) -> dict[str, Any]:
+def oracle(network: str, optimizer: str, text: Path, folder: Path, like: RunSpec, steps: int = STEPS) -> dict[str, Any]:
     """What one process makes of a run of as many layers, on the same micro batches."""
     micro_batch = like.train.micro_batch
     assert micro_batch != "auto"
     spec = make(network, optimizer, text, layers=like.model.layers, micro_batch=micro_batch)
+    spec = spec.model_copy(update={"name": f"{spec.name}-{steps}"})
     if spec.name not in _oracles:
-        _oracles[spec.name] = run(spec, folder)[0]
+        _oracles[spec.name] = run(spec, folder, steps)[0]
     return _oracles[spec.name]
 
 
 def check_layout(
     network: str, optimizer: str, processes: int, fields: dict[str, Any], text: Path, folder: Path
 ) -> None:
+    steps = STEPS if processes == 2 else FEWER
     spec = make(network, optimizer, text, processes, **fields)
-    expected = oracle(network, optimizer, text, folder, spec)
+    expected = oracle(network, optimizer, text, folder, spec, steps)
     assert expected["rows"][-1]["loss"] < expected["rows"][0]["loss"]
-    assert_alike(run(spec, folder), expected)
+    assert_alike(run(spec, folder, steps), expected)
 
 
 @pytest.mark.parametrize(("network", "optimizer", "processes", "fields"), _cases(2))
@@ -355,8 +360,8 @@ def test_a_layout_of_eight_processes_trains_like_one(fields: dict[str, Any], tex
     alone = make("mixture", "adamw", text_folder, layers=DEEP, micro_batch=1)
     alone = alone.model_copy(update={"name": "alone-of-eight"})
     if alone.name not in _oracles:
-        _oracles[alone.name] = run(alone, folder, 5)[0]
-    assert_alike(run(spec, folder, 5), _oracles[alone.name])
+        _oracles[alone.name] = run(alone, folder, FEWER // 2)[0]
+    assert_alike(run(spec, folder, FEWER // 2), _oracles[alone.name])
 
 
 RECOMPUTED: list[tuple[str, int, dict[str, Any]]] = [
@@ -380,7 +385,8 @@ def test_recomputed_activations_change_nothing(
     kind: str, processes: int, fields: dict[str, Any], text_folder: Path, folder: Path
 ) -> None:
     spec = make("mixture", "adamw", text_folder, processes, recompute=kind, **fields)
-    assert_alike(run(spec, folder), oracle("mixture", "adamw", text_folder, folder, spec))
+    expected = oracle("mixture", "adamw", text_folder, folder, spec, FEWER)
+    assert_alike(run(spec, folder, FEWER), expected)
 
 
 def bytes_kept(decoder: Decoder) -> int:
@@ -444,9 +450,9 @@ def test_compiled_blocks_of_two_processes_train_like_one(
     fields: dict[str, Any], text_folder: Path, folder: Path
 ) -> None:
     spec = make("mixture", "adamw", text_folder, 2, compiled=True, **fields)
-    found = run(spec, folder)
+    found = run(spec, folder, FEWER)
     assert all(of_process["graphs"] > 0 for of_process in found)
-    assert_alike(found, oracle("mixture", "adamw", text_folder, folder, spec))
+    assert_alike(found, oracle("mixture", "adamw", text_folder, folder, spec, FEWER))
 
 
 def train_on(ranks: Ranks, folder: Path, spec: RunSpec, resume: bool, steps: int) -> list[float]:

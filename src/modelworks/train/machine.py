@@ -10,6 +10,7 @@ instructions for (a hundred times slower) costs no more time to measure than a f
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import platform
@@ -276,13 +277,18 @@ def write_hardware_file(device: DeviceSpec, path: Path | None = None) -> Path:
 
 
 def peak_flops(precision: Precision, processes: int = 1) -> float:
-    """This machine's matrix rate in FLOP/s: from the hardware file, else measured now in half a second, by each of
+    """This machine's matrix rate in FLOP/s: from the hardware file, else measured once in half a second, by each of
     `processes` at once."""
     if hardware_file().is_file():
         known = device_spec(str(hardware_file())).peak_flops
         if precision in known:
             return known[precision]
-    return processes * matmul_flops(precision, budget_s=0.5)
+    return processes * _matmul_flops_once(precision)
+
+
+@functools.cache
+def _matmul_flops_once(precision: Precision) -> float:
+    return matmul_flops(precision, budget_s=0.5)
 
 
 def _smallest_step(layers: int) -> Callable[[], None]:
