@@ -72,6 +72,7 @@ class Chat(asyncio.Protocol):
             load.misplaced += number != self._next
             self._next = number + 1
             if now >= load.measure_from_ns:
+                load.in_time += now < load.until_ns
                 load.delays.append((now - sent) / 1e6)
                 if self._last is not None and number:
                     load.gaps.append(abs((now - self._last[0]) - (sent - self._last[1])) / 1e6)
@@ -108,7 +109,8 @@ class Load:
         self.request = head.encode() + content
         self.delays, self.gaps = array("f"), array("f")
         self.answers = self.misplaced = self.broken = 0
-        self.until = 0.0
+        self.in_time = 0
+        self.until, self.until_ns = 0.0, 0
         self.measure_from_ns = 0
 
     async def run(self, streams: int, process: psutil.Process | None) -> dict[str, Any]:
@@ -116,6 +118,7 @@ class Load:
         loop = asyncio.get_running_loop()
         self.measure_from_ns = time.monotonic_ns() + int(_WARM_UP_S * 1e9)
         self.until = time.monotonic() + _WARM_UP_S + self.seconds
+        self.until_ns = int(self.until * 1e9)
         chats = []
         for _ in range(streams):
             _, chat = await loop.create_connection(lambda: Chat(self), *self.address)
@@ -134,7 +137,7 @@ class Load:
             "gap_ms": _spread(gaps),
         }
         if process is not None:
-            through = len(delays) / self.seconds / self.rate
+            through = self.in_time / self.seconds / self.rate
             per_core = round(through / cpu, 1) if cpu else None
             figures |= {"cores": cpu, "memory_mb": memory, "streams": round(through, 1), "streams_per_core": per_core}
         return figures
@@ -214,8 +217,9 @@ def litellm(executable: Path, stub_port: int, folder: Path) -> Iterator[tuple[_P
     )
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    # Its list of prices is its own, and not fetched from elsewhere.
+    # Its list of prices is its own, and not fetched from elsewhere; it asks for no key, as ours doesn't.
     environment = {**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "ERROR"}
+    environment["LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY"] = "true"
     environment.pop("PYTHONPATH", None)
     command = [str(executable), "--config", str(config), "--host", "127.0.0.1", "--port", str(port)]
     with _Process(command, environment, quiet=True) as process:
@@ -225,8 +229,8 @@ def litellm(executable: Path, stub_port: int, folder: Path) -> Iterator[tuple[_P
                 with urlopen(f"http://127.0.0.1:{port}/health/liveliness", timeout=5):
                     break
             except OSError:
-                if time.monotonic() > until:
-                    raise RuntimeError("LiteLLM's proxy is not ready after ten minutes") from None
+                if process.ended or time.monotonic() > until:
+                    raise RuntimeError("LiteLLM's proxy ended, or is not ready after ten minutes") from None
                 time.sleep(0.5)
         yield process, f"http://127.0.0.1:{port}/v1"
 
@@ -238,6 +242,10 @@ class _Process:
         out, errors = (subprocess.DEVNULL, subprocess.DEVNULL) if quiet else (subprocess.PIPE, None)
         self._process = subprocess.Popen(command, stdout=out, stderr=errors, text=True, env=environment)
         self.pid = self._process.pid
+
+    @property
+    def ended(self) -> bool:
+        return self._process.poll() is not None
 
     def line(self) -> str:
         assert self._process.stdout is not None
