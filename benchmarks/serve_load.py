@@ -100,7 +100,7 @@ class Load:
 
     def __init__(self, url: str, tokens: int, seconds: float, rate: float, key: str, model: str) -> None:
         place = urlsplit(url)
-        self.address = (place.hostname, place.port)
+        self.address = place.hostname or "127.0.0.1", place.port or 80
         self.tokens, self.seconds, self.rate = tokens, seconds, rate
         body = {"model": model, "messages": [{"role": "user", "content": "Count."}], "max_tokens": tokens}
         content = json.dumps(body | {"stream": True}).encode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -129,8 +130,9 @@ def test_what_is_not_there_or_not_of_this_conversation_is_not_found(served: Serv
 
 @pytest.mark.slow
 def test_a_server_that_is_killed_again_and_again_loses_nothing_that_it_acknowledged(tmp_path: Path) -> None:
+    home = tmp_path / "home"
     try:
-        Store().pull("smollm2-135m")
+        Store(home / "models").pull("smollm2-135m")
     except OperationError as error:
         pytest.skip(f"SmolLM2 can't be fetched on this machine: {error}")
     report = tmp_path / "report.json"
@@ -139,6 +141,7 @@ def test_a_server_that_is_killed_again_and_again_loses_nothing_that_it_acknowled
         capture_output=True,
         text=True,
         timeout=500,
+        env={**os.environ, "MODELWORKS_HOME": str(home)},
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     found = json.loads(report.read_text())

@@ -56,7 +56,7 @@ class PagePolicy:
 
         async def sending(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message = message | {"headers": [*message.get("headers", ()), *_HEADERS]}
+                message = {**message, "headers": [*message.get("headers", ()), *_HEADERS]}
             await send(message)
 
         await self._app(scope, receive, sending)
