@@ -65,6 +65,26 @@ async def test_a_stopped_answer_keeps_what_was_said_and_the_next_can_begin(assis
     assert assistant.store.thread(conversation.id)[-1].versions == (stored.id, again.message.id)
 
 
+async def test_an_answer_that_was_cut_short_goes_on_as_if_it_had_not_been(assistant):
+    async def grown(answer, length):
+        while len(answer.text) < length:
+            await asyncio.sleep(0.01)
+        await assistant.stop(answer.message.conversation_id)
+        return answer.text
+
+    question = "Tell me about the sea."
+    whole = await grown(await assistant.ask(assistant.store.create(MODEL).id, question, None, MODEL), 160)
+    conversation = assistant.store.create(MODEL)
+    cut = await grown(answer := await assistant.ask(conversation.id, question, None, MODEL), 60)
+    assert whole.startswith(cut)
+    again = await assistant.resume(conversation.id, answer.message.id)
+    assert await assistant.resume(conversation.id, answer.message.id) is again
+    text = await grown(again, len(cut) + 40)
+    assert text[: len(cut) + 40] == whole[: len(cut) + 40]
+    stored = assistant.store.thread(conversation.id)[-1]
+    assert (stored.id, stored.content) == (answer.message.id, text)
+
+
 async def test_an_unknown_model_fails_the_answer_and_keeps_the_question(assistant):
     conversation = assistant.store.create(MODEL)
     answer = await assistant.ask(conversation.id, "Anyone there?", None, "no-such-model")

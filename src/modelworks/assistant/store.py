@@ -23,6 +23,8 @@ from modelworks.spec.errors import InputError
 
 Role = Literal["system", "user", "assistant"]
 State = Literal["complete", "writing", "stopped", "failed", "interrupted"]
+CUT_SHORT: tuple[State, ...] = ("stopped", "failed", "interrupted")
+"""Answers that can be taken up where they stand."""
 TITLE_LENGTH = 60
 UNTITLED = "New conversation"
 
@@ -198,6 +200,25 @@ class ConversationStore:
             changed = changed.where(MessageRow.state == "writing")
         with self._database.write() as session:
             session.execute(changed.values(content=content, state=state, notice=notice, updated=self._clock()))
+
+    def take_up(self, conversation_id: str, message_id: int) -> Message:
+        """Begin to write an answer on that was cut short.
+
+        Raises
+        ------
+        InputError
+            If it isn't an answer of this conversation, or one that is whole or being written.
+        """
+        with self._database.write() as session:
+            self._row(session, conversation_id)
+            row = _message_row(session, conversation_id, message_id)
+            if row.role != "assistant" or row.state not in CUT_SHORT:
+                raise InputError(
+                    f"the message {message_id} is a {row.state} one of the {row.role}: "
+                    f"an answer that is {', '.join(CUT_SHORT[:-1])} or {CUT_SHORT[-1]} can be taken up"
+                )
+            row.state, row.notice, row.updated = "writing", None, self._clock()
+            return _messages(session, conversation_id)[message_id]
 
     def thread(self, conversation_id: str) -> list[Message]:
         """The branch of a conversation that is shown, from its first message to its last."""

@@ -21,6 +21,7 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from modelworks import __version__
@@ -235,6 +236,11 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(OperationError)
     async def failed(_: Request, error: Exception) -> Response:
         return _error_response(error)
+
+    @app.exception_handler(ClientDisconnect)
+    async def left(_: Request, error: Exception) -> Response:
+        # In the middle of its own request: nobody reads this, and nothing is wrong with us.
+        return Response(status_code=_CLIENT_GONE)
 
     @app.exception_handler(Exception)
     async def broken(_: Request, error: Exception) -> Response:

@@ -5,7 +5,9 @@ count of the work done for it, divided by its weight, and the next request is ta
 Who comes back after a pause doesn't bring the pause along as credit. Work is counted in tokens, a written one twice;
 it is charged with a guess when a request begins, and put right when it ends.
 
-What can't wait is refused at once: when the queue is full, the newest request of whoever has the most waiting.
+What can't wait is refused at once: when the queue is full, the newest request of whoever has the most waiting. Whether
+it is full is looked at before anything is done for a request (`FairQueue.arriving`), so that refusing costs next to
+nothing, and those whose limits are still being looked at count as waiting.
 """
 
 from __future__ import annotations
@@ -13,8 +15,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 from modelworks.serve.errors import RequestError
 
@@ -63,6 +65,7 @@ class FairQueue:
         self._wait_s = wait_s
         self._running: Counter[str] = Counter()
         self._waiting: dict[str, dict[str, deque[_Waiter]]] = {}
+        self._arriving: dict[str, Counter[str]] = {}
         self._count: dict[str, float] = {}
         self._guessed: dict[str, float] = {}
         """Of the count, what is a guess for requests that run."""
@@ -85,6 +88,36 @@ class FairQueue:
     def waiting(self) -> dict[str, int]:
         """How many wait, by model."""
         return {model: sum(map(len, tenants.values())) for model, tenants in self._waiting.items()}
+
+    @contextmanager
+    def arriving(self, model: str, tenant: str, weight: float = 1.0) -> Iterator[None]:
+        """Hold a request's place among those that are looked at before they wait.
+
+        Raises
+        ------
+        RequestError
+            429 if it would be refused by `place` as things stand.
+        """
+        capacity = self._capacity(model)
+        if capacity is None:
+            yield
+            return
+        arriving = self._arriving.setdefault(model, Counter())
+        tenants = self._waiting.get(model, {})
+        room = self._most_waiting + max(capacity - self._running[model], 0)
+        if sum(map(len, tenants.values())) + arriving.total() >= room:
+            lengths = {name: (len(queue) + arriving[name]) / queue[0].weight for name, queue in tenants.items()}
+            lengths |= {name: float(count) for name, count in arriving.items() if name not in tenants}
+            own = (len(tenants.get(tenant, ())) + arriving[tenant] + 1) / weight
+            if own >= max(lengths.values(), default=0.0):
+                raise self._too_much(model, f"more than {self._most_waiting} requests wait for the model {model}")
+        arriving[tenant] += 1
+        try:
+            yield
+        finally:
+            arriving[tenant] -= 1
+            if not arriving[tenant]:
+                del arriving[tenant]
 
     @asynccontextmanager
     async def place(self, model: str, tenant: str, weight: float = 1.0, read: float = 0.0) -> AsyncIterator[Place]:

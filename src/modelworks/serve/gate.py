@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator
-from contextlib import ExitStack, asynccontextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 
 from starlette.requests import Request
@@ -91,7 +91,8 @@ class Gate:
             grant = None
             if principal is not None and self._access is not None:
                 _check(principal, asked, card, wanted)
-                grant = await self._admitted(self._access, principal, wanted)
+                with self._arriving(principal, wanted):
+                    grant = await self._admitted(self._access, principal, wanted)
                 visit.answer_tokens = grant.answer_tokens
             try:
                 async with self._place(request, principal, wanted, visit):
@@ -114,6 +115,11 @@ class Gate:
                 completion_tokens=total.completion_tokens,
             )
             self._note(visit, total)
+
+    def _arriving(self, principal: Principal, wanted: Wanted) -> AbstractContextManager[None]:
+        if self._queue is None:
+            return nullcontext()
+        return self._queue.arriving(wanted.model, principal.user_id, principal.tier.priority)
 
     async def _admitted(self, access: Access, principal: Principal, wanted: Wanted) -> Grant:
         """What is set aside; if the client leaves while it is, it is given back."""

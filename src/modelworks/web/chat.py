@@ -207,6 +207,18 @@ class ChatPage:
             return
         self._begin()
 
+    async def resume(self, message: Message) -> None:
+        """Go on with an answer that was cut short, where it stands."""
+        if self._id is None:
+            return
+        try:
+            await self._assistant.resume(self._id, message.id)
+        except (InputError, OperationError) as error:
+            ui.notify(str(error), position="top", type="negative", multi_line=True)
+            return
+        self._redraw()
+        self._watch_timer.active = self._answer is not None
+
     async def show(self, message_id: int) -> None:
         """Show another version of a message, with what follows it."""
         if self._id is not None:

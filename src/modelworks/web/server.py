@@ -14,6 +14,7 @@ from fastapi import APIRouter, FastAPI, Response
 
 from modelworks import __version__
 from modelworks.assistant.chat import Assistant
+from modelworks.assistant.conversations import conversation_routes
 from modelworks.assistant.database import default_database
 from modelworks.assistant.gateway import AccountAccess, access_if_wanted, account_routes, administration_routes
 from modelworks.assistant.oidc import Provider
@@ -30,6 +31,7 @@ from modelworks.serve.routing import Member
 from modelworks.serve.store import Store
 from modelworks.spec.errors import InputError
 from modelworks.spec.home import home
+from modelworks.web.policy import PagePolicy
 from modelworks.web.services import Services
 from modelworks.web.sign_in import OIDC_PATH, SignedIn, oidc_routes, sign_in_routes
 
@@ -83,7 +85,7 @@ def build(
         hosts=hosts,
         access=access,
         queue=behind.queue,
-        routers=behind.routers,
+        routers=[*behind.routers, conversation_routes(lambda request: services.of(request).assistant)],
         door=(lambda inner: SignedIn(inner, access)) if access is not None else None,
     )
     behind.attach(app)
@@ -102,6 +104,7 @@ def build(
     _close_first(app, assistant)
     _add_static(app)
     _add_pages(app, services)
+    app.add_middleware(PagePolicy)
     return Server(app, services)
 
 

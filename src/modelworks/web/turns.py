@@ -13,7 +13,7 @@ from typing import Protocol
 from nicegui import ui
 
 from modelworks.assistant.chat import Answer
-from modelworks.assistant.store import Message
+from modelworks.assistant.store import CUT_SHORT, Message
 from modelworks.web.frame import icon_button
 from modelworks.web.markdown import render, split_stable
 
@@ -26,6 +26,9 @@ class Actions(Protocol):
 
     async def regenerate(self, message: Message) -> None:
         """Answer once more."""
+
+    async def resume(self, message: Message) -> None:
+        """Go on with an answer that was cut short."""
 
     async def show(self, message_id: int) -> None:
         """Show another version."""
@@ -112,6 +115,8 @@ class ModelTurn:
                 if text:
                     icon_button("content_copy", "Copy", lambda: copy(text))
                 icon_button("refresh", "Answer again", lambda: self._actions.regenerate(self._message))
+                if state in CUT_SHORT:
+                    icon_button("play_arrow", "Go on", lambda: self._actions.resume(self._message))
                 if state == "stopped":
                     ui.label("Stopped").classes("rate")
                 if rate:
