@@ -27,6 +27,7 @@ OPEN_PATHS = frozenset({"/health", "/v1/account/login"})
 _SCOPE_OF = (
     ("/v1/chat/completions", "generate"),
     ("/v1/completions", "generate"),
+    ("/v1/responses", "generate"),
     ("/v1/embeddings", "embed"),
     ("/v1/models", "models"),
     ("/v1/account", "account"),

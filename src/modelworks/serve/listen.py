@@ -21,6 +21,7 @@ from modelworks.serve.config import EngineConfig, ServeConfig, load_config
 from modelworks.serve.errors import RequestError
 from modelworks.serve.fairness import FairQueue
 from modelworks.serve.llamacpp import EngineSettings, LlamaCppEngine
+from modelworks.serve.responses import Keeper
 from modelworks.serve.routing import Member, Router
 from modelworks.serve.store import Store
 from modelworks.spec.errors import InputError
@@ -57,13 +58,14 @@ def serve(
     port: int,
     hosts: Collection[str] = (),
     access: Access | None = None,
+    keeper: Keeper | None = None,
     routers: Collection[APIRouter] = (),
 ) -> None:
     """Serve a store's models until the process is told to end; `model` is loaded before the first request."""
     listener = open_port(host, port)
     with listener:
         engine = LlamaCppEngine(store, settings)
-        app = create_app(engine, store, preload=model, hosts=hosts, access=access, routers=routers)
+        app = create_app(engine, store, preload=model, hosts=hosts, access=access, keeper=keeper, routers=routers)
         _run(app, listener, model, access is not None)
 
 
@@ -75,6 +77,7 @@ def gateway(
     port: int,
     hosts: Collection[str] = (),
     access: Access | None = None,
+    keeper: Keeper | None = None,
     routers: Collection[APIRouter] = (),
 ) -> None:
     """Serve the engines of a configuration file until the process is told to end.
@@ -101,7 +104,9 @@ def gateway(
 
         # Without accounts there is no one who could be told from the others: then SIGHUP alone reads the file again.
         admin = [admin_routes(router, reload)] if access is not None else []
-        app = create_app(router, store, hosts=hosts, access=access, queue=queue, routers=[*admin, *routers])
+        app = create_app(
+            router, store, hosts=hosts, access=access, queue=queue, keeper=keeper, routers=[*admin, *routers]
+        )
         _on_hangup(app, reload)
         _run(app, listener, ", ".join(config.engines), access is not None)
 

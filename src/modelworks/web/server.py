@@ -15,6 +15,7 @@ from fastapi import FastAPI, Response
 from modelworks import __version__
 from modelworks.assistant.chat import Assistant
 from modelworks.assistant.database import default_database
+from modelworks.assistant.kept import DatabaseKeeper
 from modelworks.assistant.store import ConversationStore
 from modelworks.serve.api import create_app
 from modelworks.serve.llamacpp import EngineSettings, LlamaCppEngine
@@ -50,7 +51,7 @@ def build(settings: EngineSettings | None = None, database: Path | None = None, 
     engine = LlamaCppEngine(store, settings or EngineSettings())
     assistant = Assistant(ConversationStore(database or default_database()), engine, SAMPLING)
     services = Services(store, engine, assistant)
-    app = create_app(engine, store, hosts=hosts)
+    app = create_app(engine, store, hosts=hosts, keeper=DatabaseKeeper())
     _close_first(app, assistant)
     _add_static(app)
     _add_pages(app, services)
