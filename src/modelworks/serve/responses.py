@@ -164,9 +164,9 @@ class ResponsesRequest(Fields):
                 {"type": "function", "function": tool.model_dump(exclude={"type"}, exclude_none=True)}
                 for tool in self.tools
             ]
-            choice = self.tool_choice
-            named = isinstance(choice, _NamedTool)
-            chat["tool_choice"] = {"type": "function", "function": {"name": choice.name}} if named else choice or "auto"
+            chat["tool_choice"] = self.tool_choice or "auto"
+            if isinstance(self.tool_choice, _NamedTool):
+                chat["tool_choice"] = {"type": "function", "function": {"name": self.tool_choice.name}}
         elif self.tool_choice not in (None, "none", "auto"):
             chat["tool_choice"] = "required"
         try:
@@ -367,7 +367,13 @@ class Response:
 
     def _reason(self, text: str) -> Iterator[bytes]:
         if not self._open("reasoning"):
-            item = {"id": _new("rs"), "type": "reasoning", "summary": [], "content": [], "status": "in_progress"}
+            item: dict[str, Any] = {
+                "id": _new("rs"),
+                "type": "reasoning",
+                "summary": [],
+                "content": [],
+                "status": "in_progress",
+            }
             yield from self._begin(item)
             item["content"] = [{"type": "reasoning_text", "text": ""}]
             yield self._in("response.content_part.added", content_index=0, part=item["content"][0])
@@ -376,7 +382,8 @@ class Response:
 
     def _say(self, text: str, logprobs: list[dict[str, Any]]) -> Iterator[bytes]:
         if not self._open("message"):
-            item = {"id": _new("msg"), "type": "message", "role": "assistant", "content": [], "status": "in_progress"}
+            item: dict[str, Any] = {"id": _new("msg"), "type": "message", "role": "assistant", "content": []}
+            item["status"] = "in_progress"
             yield from self._begin(item)
             item["content"] = [{"type": "output_text", "text": "", "annotations": [], "logprobs": []}]
             yield self._in("response.content_part.added", content_index=0, part=item["content"][0])
