@@ -779,6 +779,7 @@ def _serve(
     Example: [bold]modelworks serve --config serve.toml[/bold]
     """
     from modelworks.assistant.gateway import access_if_wanted, account_routes, administration_routes
+    from modelworks.assistant.kept import DatabaseKeeper
     from modelworks.serve.listen import gateway, serve
     from modelworks.serve.llamacpp import EngineSettings
     from modelworks.serve.log import log_to
@@ -797,12 +798,13 @@ def _serve(
         log_to(log)
     access = access_if_wanted(config)
     routers = [account_routes(access), administration_routes(access)] if access else []
+    shared: dict[str, Any] = {"access": access, "keeper": DatabaseKeeper(), "routers": routers}
     if config is not None:
-        gateway(config, Store(), host=host, port=port, hosts=allow_host or [], access=access, routers=routers)
+        gateway(config, Store(), host=host, port=port, hosts=allow_host or [], **shared)
         return
     store = _served(model)
     settings = EngineSettings(slots=slots, threads=threads, context=context)
-    serve(store, model, settings, host=host, port=port, hosts=allow_host or [], access=access, routers=routers)
+    serve(store, model, settings, host=host, port=port, hosts=allow_host or [], **shared)
 
 
 def _serve_by_workers(config: Path, workers: int, host: str, port: int, hosts: list[str], log: str | None) -> None:

@@ -25,6 +25,7 @@ from gateways import HELLO, Stub, client_of, numbers_of, plain_client, serving, 
 from modelworks.assistant.accounts import Accounts
 from modelworks.assistant.database import Database
 from modelworks.assistant.gateway import AccountAccess, account_routes, administration_routes
+from modelworks.assistant.kept import DatabaseKeeper
 from modelworks.assistant.ledger import Ledger
 from modelworks.assistant.tables import UsageRow
 from modelworks.serve.access import OPEN_PATHS, SCOPES, scope_of
@@ -81,7 +82,7 @@ def stub() -> Iterator[Stub]:
 def gateway(stub: Stub, tmp_path: Path) -> Iterator[Gateway]:
     stub.control(fault="none", rate=200, tokens=8)
     engine = {"url": stub.url, "concurrency": 8}
-    models = {"seen": {"on": {"a": "stub"}, "images": True}}
+    models = {"seen": {"on": {"a": "stub"}, "images": True, "search": True}}
     router = Router(validate(ServeConfig, {"engines": {"a": engine}, "models": models}))
     database = Database(tmp_path / "modelworks.db")
     access = AccountAccess(Accounts(database), Ledger(database))
@@ -91,7 +92,8 @@ def gateway(stub: Stub, tmp_path: Path) -> Iterator[Gateway]:
 
     routers = [admin_routes(router, reload), account_routes(access), administration_routes(access)]
     queue = FairQueue(router.capacity)
-    app = create_app(router, Store(tmp_path / "models"), access=access, queue=queue, routers=routers)
+    keeper = DatabaseKeeper(database)
+    app = create_app(router, Store(tmp_path / "models"), access=access, queue=queue, keeper=keeper, routers=routers)
     with serving(app) as address, plain_client() as client:
         yield Gateway(address, access.accounts, access.ledger, stub, app.openapi(), client, queue)
     database.close()
@@ -109,6 +111,7 @@ def body_for(gateway: Gateway, method: str, path: str) -> Any:
     known = {
         "/v1/chat/completions": {"model": "stub", "messages": HELLO},
         "/v1/completions": {"model": "stub", "prompt": "x"},
+        "/v1/responses": {"model": "stub", "input": "x"},
         "/v1/embeddings": {"model": "stub", "input": "x"},
         "/v1/account/login": {"user": "alice", "password": "not it, not it"},
         "/v1/account/keys": {"name": "made by another"},
@@ -124,7 +127,7 @@ def test_every_route_but_the_open_ones_needs_a_key_with_its_scope(gateway: Gatew
     for method, path in gateway.operations():
         if path in OPEN_PATHS:
             continue
-        there = filled(path, name="stub", key_id="0" * 16)
+        there = filled(path, name="stub", key_id="0" * 16, response_id="resp_" + "0" * 48)
         body = body_for(gateway, method, path)
         assert gateway.call(None, method, there, **body).status_code == 401, path
         assert gateway.call("mw-wrong", method, there, **body).status_code in {401, 429}, path
@@ -453,3 +456,20 @@ def test_many_disconnects_leave_no_place_taken(gateway: Gateway) -> None:
     gateway.stub.control(rate=200, tokens=8)
     last = gateway.call(alice, "POST", "/v1/chat/completions", json={"model": "stub", "messages": HELLO})
     assert last.json()["usage"]["completion_tokens"] == 8
+
+
+def test_a_response_that_was_kept_is_its_owners_alone_and_goes_with_the_user(gateway: Gateway) -> None:
+    alice, bob = gateway.user("alice"), gateway.user("bob")
+    kept = client_of(gateway.address, alice).responses.create(model="stub", input="hello")
+    there = f"/v1/responses/{kept.id}"
+    assert gateway.call(alice, "GET", there).json()["output"] == json.loads(kept.to_json())["output"]
+    following = {"model": "stub", "input": "x", "previous_response_id": kept.id}
+    for method, path, body in (
+        ("GET", there, {}),
+        ("GET", f"{there}/input_items", {}),
+        ("DELETE", there, {}),
+        ("POST", "/v1/responses", {"json": following}),
+    ):
+        assert gateway.call(bob, method, path, **body).status_code == 404, (method, path)
+    assert gateway.call(alice, "DELETE", there).json()["deleted"]
+    assert gateway.call(alice, "GET", there).status_code == 404

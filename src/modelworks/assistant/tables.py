@@ -167,6 +167,21 @@ class UsageRow(Base):
     seconds: Mapped[float] = mapped_column(Float)
 
 
+class ResponseRow(Base):
+    """A response that can be gone on from."""
+
+    __tablename__ = "responses"
+    __table_args__ = (Index("ix_responses_created", "created"),)
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    user_id: Mapped[str | None] = mapped_column(ForeignKey("users.id", ondelete="CASCADE"))
+    """None where there are no accounts."""
+    created: Mapped[float] = mapped_column(Float)
+    response: Mapped[str] = mapped_column(Text)
+    items: Mapped[str] = mapped_column(Text)
+    """All that it was made of, as JSON."""
+
+
 class AttemptRow(Base):
     """Attempts to come in that have failed, by who tried or from where."""
 

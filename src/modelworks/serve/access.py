@@ -28,6 +28,7 @@ _SCOPE_OF = (
     ("/v1/chat/completions", "generate"),
     ("/v1/completions", "generate"),
     ("/v1/chats", "generate"),
+    ("/v1/responses", "generate"),
     ("/v1/embeddings", "embed"),
     ("/v1/models", "models"),
     ("/v1/account", "account"),

@@ -21,7 +21,7 @@ from modelworks.serve.metrics import Metrics
 from modelworks.serve.requests import ChatRequest, CompletionRequest
 
 _DONE = b"data: [DONE]\n\n"
-_STREAM_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+STREAM_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 _NO_CHOICES = ('"choices":[]', '"choices": []')
 
 
@@ -83,7 +83,7 @@ class Answer:
         async with aclosing(events):
             async for event in events:
                 if not started:
-                    await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
+                    await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
                     started = True
                 await send({"type": "http.response.body", "body": event, "more_body": True})
         await send({"type": "http.response.body", "body": _DONE, "more_body": False})

@@ -15,7 +15,7 @@ import math
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -34,6 +34,8 @@ from modelworks.serve.gate import Gate, Visit
 from modelworks.serve.metrics import Metrics
 from modelworks.serve.origin import OwnOriginOnly
 from modelworks.serve.requests import ChatRequest, CompletionRequest, EmbeddingRequest, parse
+from modelworks.serve.responses import Keeper, Kept, ResponsesRequest, shown
+from modelworks.serve.responses import Response as MadeResponse
 from modelworks.serve.store import Store
 from modelworks.serve.tracing import begin_tracing, end_tracing
 from modelworks.spec.errors import OperationError
@@ -55,6 +57,7 @@ def create_app(
     hosts: Collection[str] = (),
     access: Access | None = None,
     queue: FairQueue | None = None,
+    keeper: Keeper | None = None,
     routers: Collection[APIRouter] = (),
     door: Callable[[ASGIApp], ASGIApp] | None = None,
 ) -> FastAPI:
@@ -76,6 +79,8 @@ def create_app(
         Who keeps the accounts. Without it everything is open; with it nothing but `access.OPEN_PATHS` is.
     queue : FairQueue, optional
         Where requests wait for the engine; without it they wait in the engine.
+    keeper : Keeper, optional
+        Where responses are kept; without it none is.
     routers : collection of APIRouter, optional
         More routes under ``/v1``, such as those of the accounts.
     door : callable, optional
@@ -110,6 +115,7 @@ def create_app(
     gate = Gate(metrics, access, queue)
     app.state.metrics, app.state.gate = metrics, gate
     _add_generation(app, engine, metrics, gate, body_limit)
+    _add_responses(app, engine, metrics, gate, body_limit, keeper)
     _add_embeddings(app, engine, metrics, gate, body_limit)
     _add_models(app, engine)
     for router in routers:
@@ -156,6 +162,74 @@ def _add_generation(app: FastAPI, engine: Engine, metrics: Metrics, gate: Gate, 
                 await given.send(send)
 
         return _Cancellable(answer, lambda status: metrics.count(endpoint, model, status))
+
+
+def _add_responses(
+    app: FastAPI, engine: Engine, metrics: Metrics, gate: Gate, body_limit: int, keeper: Keeper | None
+) -> None:
+    @app.post("/v1/responses", openapi_extra=_documented(ResponsesRequest))
+    async def create(request: Request) -> Response:
+        """Answer in items; the response is kept unless `store` is false."""
+        model, owner = "unknown", _owner(request)
+        try:
+            asked = parse(ResponsesRequest, await _body(request, body_limit))
+            before = await found(request, asked.previous_response_id) if asked.previous_response_id else None
+            items = [*before.items, *before.response["output"]] if before else []
+            chat = asked.chat(items)
+            card = await engine.card(asked.model)
+            model = card.name
+        except RequestError as error:
+            metrics.count("responses", model, error.status)
+            return _error_response(error)
+
+        async def answer(send: Send) -> None:
+            async with gate.visit(request, chat, card, "responses") as visit, _noted(visit):
+                body = chat.body()
+                if visit.answer_tokens is not None:
+                    body["max_tokens"] = min(body.get("max_tokens") or visit.answer_tokens, visit.answer_tokens)
+                made = MadeResponse(asked, metrics.measured(model, engine.stream("chat", model, body), visit.outcomes))
+                await made.send(send) if asked.stream else await made.finish()
+                if keeper is not None and asked.store is not False:
+                    await keeper.put(owner, Kept(made.described(), [*items, *asked.items()]))
+                if not asked.stream:
+                    await JSONResponse(made.described())(request.scope, request.receive, send)
+
+        return _Cancellable(answer, lambda status: metrics.count("responses", model, status))
+
+    @app.get("/v1/responses/{response_id}")
+    async def get(request: Request, response_id: str) -> dict[str, Any]:
+        """A response that was kept."""
+        return (await found(request, response_id)).response
+
+    @app.get("/v1/responses/{response_id}/input_items")
+    async def input_items(request: Request, response_id: str, order: Literal["asc", "desc"] = "desc") -> dict[str, Any]:
+        """What a response was made of."""
+        items = [shown(item) for item in (await found(request, response_id)).items]
+        items = items if order == "asc" else items[::-1]
+        first, last = (items[0]["id"], items[-1]["id"]) if items else ("", "")
+        return {"object": "list", "data": items, "first_id": first, "last_id": last, "has_more": False}
+
+    @app.delete("/v1/responses/{response_id}")
+    async def delete(request: Request, response_id: str) -> dict[str, Any]:
+        """Forget a response."""
+        if keeper is None or not await keeper.delete(_owner(request), response_id):
+            raise _no_response(response_id)
+        return {"id": response_id, "object": "response", "deleted": True}
+
+    async def found(request: Request, response_id: str) -> Kept:
+        kept = await keeper.get(_owner(request), response_id) if keeper is not None else None
+        if kept is None:
+            raise _no_response(response_id)
+        return kept
+
+
+def _no_response(response_id: str) -> RequestError:
+    return RequestError(f"there is no response {response_id[:64]!r}", status=404, code="not_found")
+
+
+def _owner(request: Request) -> str | None:
+    principal = principal_of(request)
+    return principal.user_id if principal is not None else None
 
 
 def _add_embeddings(app: FastAPI, engine: Engine, metrics: Metrics, gate: Gate, body_limit: int) -> None:

@@ -58,8 +58,10 @@ class Choice:
         self.text = echo
         self.head: dict[str, Any] = {}
         self.usage: Usage | None = None
+        self.finish = "stop"
+        self.citations: list[str] = []
+        """Addresses of what was found while it was written, where the engine searches."""
         self._echo = echo
-        self._finish = "stop"
         self._logprobs: list[dict[str, Any]] = []
         self._calls: dict[int, dict[str, Any]] = {}
         self._reasoning = ""
@@ -68,11 +70,12 @@ class Choice:
         """Take the next chunk."""
         self.head = self.head or {key: chunk[key] for key in ("id", "created", "model") if key in chunk}
         self.usage = usage_of(chunk) or self.usage
+        self.citations = chunk.get("citations") or self.citations
         for choice in chunk["choices"]:
             delta = choice.get("delta", choice)
             self.text += delta.get("content") or choice.get("text") or ""
             self._reasoning += delta.get("reasoning_content") or ""
-            self._finish = choice.get("finish_reason") or self._finish
+            self.finish = choice.get("finish_reason") or self.finish
             self._logprobs += (choice.get("logprobs") or {}).get("content") or []
             for call in delta.get("tool_calls") or []:
                 self._add_call(call)
@@ -89,7 +92,7 @@ class Choice:
         """The choice as an answer that doesn't stream has it."""
         if endpoint == "completions":
             logprobs = legacy_logprobs(self._logprobs, len(self._echo)) if self._logprobs else None
-            return {"index": self.index, "text": self.text, "logprobs": logprobs, "finish_reason": self._finish}
+            return {"index": self.index, "text": self.text, "logprobs": logprobs, "finish_reason": self.finish}
         calls = [self._calls[index] for index in sorted(self._calls)]
         message: dict[str, Any] = {"role": "assistant", "content": self.text if self.text or not calls else None}
         if self._reasoning:
@@ -97,17 +100,19 @@ class Choice:
         if calls:
             message["tool_calls"] = calls
         logprobs = {"content": self._logprobs} if self._logprobs else None
-        return {"index": self.index, "message": message, "logprobs": logprobs, "finish_reason": self._finish}
+        return {"index": self.index, "message": message, "logprobs": logprobs, "finish_reason": self.finish}
 
 
 def whole_answer(endpoint: Endpoint, choices: list[Choice]) -> dict[str, Any]:
     """The answer of a request that doesn't stream."""
     kind = "chat.completion" if endpoint == "chat" else "text_completion"
-    return choices[0].head | {
+    cited = list(dict.fromkeys(url for choice in choices for url in choice.citations))
+    answer = choices[0].head | {
         "object": kind,
         "choices": [choice.whole(endpoint) for choice in choices],
         "usage": total_usage(choices),
     }
+    return answer | {"citations": cited} if cited else answer
 
 
 def total_usage(choices: list[Choice]) -> dict[str, Any]:

@@ -115,6 +115,8 @@ class ModelConfig(Section):
     """Tokens that one chat may hold, where the engine doesn't say."""
     images: bool = False
     """Whether its messages may hold images."""
+    search: bool = False
+    """Whether its engines know xAI's `search_parameters`, and look for what is new."""
 
 
 class QueueConfig(Section):

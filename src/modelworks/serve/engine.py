@@ -32,6 +32,8 @@ class ModelCard:
     """Whether its own chat template describes tools."""
     images: bool = False
     """Whether its messages may hold images."""
+    search: bool = False
+    """Whether it knows xAI's `search_parameters`."""
 
 
 @dataclass(frozen=True)

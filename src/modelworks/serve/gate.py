@@ -91,6 +91,13 @@ class Gate:
             grant = None
             if principal is not None and self._access is not None:
                 _check(principal, asked, card, wanted)
+            if isinstance(asked, ChatRequest) and asked.searches and not card.search:
+                raise RequestError(
+                    f"search_parameters: the model {card.name} doesn't search; mode = off is accepted",
+                    code="invalid_value",
+                    param="search_parameters",
+                )
+            if principal is not None and self._access is not None:
                 with self._arriving(principal, wanted):
                     grant = await self._admitted(self._access, principal, wanted)
                 visit.answer_tokens = grant.answer_tokens

@@ -22,18 +22,21 @@ _IMAGE_BYTES = 4096
 
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
-Kind = TypeVar("Kind", bound="_Section")
+Kind = TypeVar("Kind", bound="Fields")
 
 
-def _refuse(message: str) -> PydanticCustomError:
+def refuse(message: str) -> PydanticCustomError:
+    """What a validator raises."""
     return PydanticCustomError("refused", "{message}", {"message": message})
 
 
-class _Section(BaseModel):
+class Fields(BaseModel):
+    """A request's fields, or a part of them."""
+
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, hide_input_in_errors=True)
 
 
-class _Function(_Section):
+class _Function(Fields):
     name: Name
     description: str | None = None
     parameters: dict[str, Any] | None = None
@@ -44,32 +47,32 @@ class _Function(_Section):
         return _checked_schema(schema)
 
 
-class _Tool(_Section):
+class _Tool(Fields):
     type: Literal["function"]
     function: _Function
 
 
-class _NamedFunction(_Section):
+class _NamedFunction(Fields):
     name: str
 
 
-class _NamedTool(_Section):
+class _NamedTool(Fields):
     type: Literal["function"] = "function"
     function: _NamedFunction
 
 
-class _Called(_Section):
+class _Called(Fields):
     name: str
     arguments: str = "{}"
 
 
-class _ToolCall(_Section):
+class _ToolCall(Fields):
     id: str = ""
     type: Literal["function"] = "function"
     function: _Called
 
 
-class _Message(_Section):
+class _Message(Fields):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[dict[str, Any]] | None = None
     tool_calls: list[_ToolCall] | None = None
@@ -93,7 +96,7 @@ class _Message(_Section):
     @model_validator(mode="after")
     def _says_something(self) -> _Message:
         if self.content is None and not (self.role == "assistant" and self.tool_calls):
-            raise _refuse(f"content is missing: a message of role {self.role} needs text")
+            raise refuse(f"content is missing: a message of role {self.role} needs text")
         return self
 
     def plain(self) -> dict[str, Any]:
@@ -108,19 +111,19 @@ class _Message(_Section):
 
 def _part(part: Any) -> dict[str, Any]:
     if not isinstance(part, dict) or not isinstance(part.get("type"), str):
-        raise _refuse("each part of content must be an object with a type, such as {type: text, text: ...}")
+        raise refuse("each part of content must be an object with a type, such as {type: text, text: ...}")
     if part["type"] == "text" and isinstance(part.get("text"), str):
         return {"type": "text", "text": part["text"]}
     if part["type"] == "image_url":
         url = part.get("image_url")
         url = url.get("url") if isinstance(url, dict) else url
         if not isinstance(url, str) or not url.startswith("data:image/"):
-            raise _refuse("image URLs are not fetched: send the image itself as a data: URL")
+            raise refuse("image URLs are not fetched: send the image itself as a data: URL")
         return {"type": "image_url", "image_url": {"url": url}}
-    raise _refuse(f"a part of type {part['type'][:40]!r} is not accepted: text and image_url are")
+    raise refuse(f"a part of type {part['type'][:40]!r} is not accepted: text and image_url are")
 
 
-class _Schema(_Section):
+class _Schema(Fields):
     name: Name = "answer"
     schema_: dict[str, Any] = Field(alias="schema", default_factory=dict)
 
@@ -130,14 +133,14 @@ class _Schema(_Section):
         return _checked_schema(schema) or {}
 
 
-class _Format(_Section):
+class _Format(Fields):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: _Schema | None = None
 
     @model_validator(mode="after")
     def _has_schema(self) -> _Format:
         if self.type == "json_schema" and self.json_schema is None:
-            raise _refuse("json_schema is missing: the type json_schema needs one")
+            raise refuse("json_schema is missing: the type json_schema needs one")
         return self
 
     def plain(self) -> dict[str, Any] | None:
@@ -146,11 +149,11 @@ class _Format(_Section):
         return {"type": "json_object"} if self.type == "json_object" else None
 
 
-class _StreamOptions(_Section):
+class _StreamOptions(Fields):
     include_usage: bool | None = None
 
 
-class Generation(_Section):
+class Generation(Fields):
     """What chat and text completions have in common."""
 
     model: Annotated[str, Field(min_length=1, max_length=256)]
@@ -180,14 +183,14 @@ class Generation(_Section):
     def _as_list(cls, stop: Any) -> Any:
         stops = [stop] if isinstance(stop, str) else stop
         if isinstance(stops, list) and len(stops) > _MOST_STOPS:
-            raise _refuse(f"{len(stops)} stop texts are not accepted: up to {_MOST_STOPS} are")
+            raise refuse(f"{len(stops)} stop texts are not accepted: up to {_MOST_STOPS} are")
         return stops
 
     @field_validator("logit_bias")
     @classmethod
     def _token_ids(cls, bias: dict[str, float] | None) -> dict[str, float] | None:
         if bias and not all(key.isascii() and key.isdigit() and len(key) < 9 for key in bias):
-            raise _refuse("each key must be a token's number")
+            raise refuse("each key must be a token's number")
         return bias
 
     @property
@@ -226,22 +229,22 @@ class ChatRequest(Generation):
     @classmethod
     def _known_mode(cls, search: dict[str, Any] | None) -> dict[str, Any] | None:
         if search is not None and search.get("mode", "auto") not in {"off", "auto", "on"}:
-            raise _refuse("mode must be off, auto or on")
+            raise refuse("mode must be off, auto or on")
         return _checked_schema(search)
 
     @model_validator(mode="after")
     def _fields_agree(self) -> ChatRequest:
         if self.top_logprobs is not None and not self.logprobs:
-            raise _refuse("top_logprobs needs logprobs to be true")
+            raise refuse("top_logprobs needs logprobs to be true")
         names = [tool.function.name for tool in self.tools or []]
         if len(set(names)) < len(names):
-            raise _refuse("tools holds two functions of one name")
+            raise refuse("tools holds two functions of one name")
         if self.tool_choice not in (None, "none", "auto") and not names:
-            raise _refuse("tool_choice asks for a call and tools is empty")
+            raise refuse("tool_choice asks for a call and tools is empty")
         if isinstance(self.tool_choice, _NamedTool) and self.tool_choice.function.name not in names:
-            raise _refuse(f"tool_choice names {self.tool_choice.function.name[:64]!r}; tools has {', '.join(names)}")
+            raise refuse(f"tool_choice names {self.tool_choice.function.name[:64]!r}; tools has {', '.join(names)}")
         if names and self.response_format and self.response_format.type != "text":
-            raise _refuse("response_format and tools can't be used together")
+            raise refuse("response_format and tools can't be used together")
         return self
 
     @property
@@ -314,20 +317,20 @@ class CompletionRequest(Generation):
             return prompt
         if kinds == {list} and all(part and all(type(token) is int for token in part) for part in prompt):
             return prompt
-        raise _refuse(
+        raise refuse(
             "a text that is not empty, a list of texts, of token numbers or of lists of such numbers is accepted"
         )
 
     @model_validator(mode="after")
     def _can_be_done(self) -> CompletionRequest:
         if self.suffix:
-            raise _refuse("suffix is not supported: these models continue a text, they don't fill it in")
+            raise refuse("suffix is not supported: these models continue a text, they don't fill it in")
         if self.best_of is not None and self.best_of != (self.n or 1):
-            raise _refuse("best_of must be left out or equal to n")
+            raise refuse("best_of must be left out or equal to n")
         if self.echo and not isinstance(self.prompts()[0], str):
-            raise _refuse("echo needs the prompt as text")
+            raise refuse("echo needs the prompt as text")
         if len(self.prompts()) * (self.n or 1) > _MOST_CHOICES * 8:
-            raise _refuse(f"prompts times n must not be over {_MOST_CHOICES * 8}")
+            raise refuse(f"prompts times n must not be over {_MOST_CHOICES * 8}")
         return self
 
     def prompts(self) -> list[str] | list[list[int]]:
@@ -362,7 +365,7 @@ class CompletionRequest(Generation):
         return body
 
 
-class EmbeddingRequest(_Section):
+class EmbeddingRequest(Fields):
     """``POST /v1/embeddings``."""
 
     model: Annotated[str, Field(min_length=1, max_length=256)]
@@ -379,7 +382,7 @@ class EmbeddingRequest(_Section):
     @classmethod
     def _not_shortened(cls, dimensions: int | None) -> int | None:
         if dimensions is not None:
-            raise _refuse("these embeddings can't be shortened: leave dimensions out")
+            raise refuse("these embeddings can't be shortened: leave dimensions out")
         return dimensions
 
     @property
@@ -426,8 +429,8 @@ def _checked_schema(schema: dict[str, Any] | None) -> dict[str, Any] | None:
         if not level:
             return schema
         if count > _LONGEST_SCHEMA:
-            raise _refuse(f"the schema has more than {_LONGEST_SCHEMA} parts")
-    raise _refuse(f"the schema is nested deeper than {_DEEPEST_SCHEMA}")
+            raise refuse(f"the schema has more than {_LONGEST_SCHEMA} parts")
+    raise refuse(f"the schema is nested deeper than {_DEEPEST_SCHEMA}")
 
 
 def _inside(value: Any) -> list[Any]:

@@ -116,14 +116,17 @@ class Route:
     fallback: tuple[str, ...] = ()
     context: int | None = None
     images: bool = False
+    search: bool = False
 
     def card(self) -> ModelCard:
         """What is said of it: what all its engines can do."""
         cards = [target.member.cards[target.model] for target in self.targets if target.model in target.member.cards]
         if not cards:
-            return ModelCard(self.name, self.context or 4096, 0, "unknown", "unknown", images=self.images)
+            return ModelCard(
+                self.name, self.context or 4096, 0, "unknown", "unknown", images=self.images, search=self.search
+            )
         context = self.context or min(card.context for card in cards)
-        return replace(cards[0], name=self.name, context=context, images=self.images)
+        return replace(cards[0], name=self.name, context=context, images=self.images, search=self.search)
 
 
 class Router(Engine):
@@ -386,7 +389,9 @@ class Router(Engine):
 
 
 def _with(route: Route, model: ModelConfig) -> Route:
-    return replace(route, fallback=tuple(model.fallback), context=model.context, images=model.images)
+    return replace(
+        route, fallback=tuple(model.fallback), context=model.context, images=model.images, search=model.search
+    )
 
 
 async def _open(target: Target, endpoint: Endpoint, body: dict[str, Any]) -> tuple[Any, list[str]]:
