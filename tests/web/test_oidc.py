@@ -241,7 +241,7 @@ NOW = int(time.time())
         {"nbf": NOW + 3600},
         {"sub": None},
     ],
-    ids=str,
+    ids=range(10),
 )
 def test_a_token_that_is_not_for_this_sign_in_is_refused(
     place: tuple[str, Accounts], world: World, claims: dict[str, Any]

@@ -182,16 +182,21 @@ def _add_responses(
             metrics.count("responses", model, error.status)
             return _error_response(error)
 
+        async def keep(response: dict[str, Any]) -> None:
+            assert keeper is not None
+            await keeper.put(owner, Kept(response, [*items, *asked.items()]))
+
         async def answer(send: Send) -> None:
             async with gate.visit(request, chat, card, "responses") as visit, _noted(visit):
                 body = chat.body()
                 if visit.answer_tokens is not None:
                     body["max_tokens"] = min(body.get("max_tokens") or visit.answer_tokens, visit.answer_tokens)
-                made = MadeResponse(asked, metrics.measured(model, engine.stream("chat", model, body), visit.outcomes))
-                await made.send(send) if asked.stream else await made.finish()
-                if keeper is not None and asked.store is not False:
-                    await keeper.put(owner, Kept(made.described(), [*items, *asked.items()]))
-                if not asked.stream:
+                batches = metrics.measured(model, engine.stream("chat", model, body), visit.outcomes)
+                made = MadeResponse(asked, batches, keep if keeper is not None and asked.store is not False else None)
+                if asked.stream:
+                    await made.send(send)
+                else:
+                    await made.finish()
                     await JSONResponse(made.described())(request.scope, request.receive, send)
 
         return _Cancellable(answer, lambda status: metrics.count("responses", model, status))

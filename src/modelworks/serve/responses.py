@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol
@@ -253,12 +253,17 @@ class Response:
         The request.
     batches : AsyncGenerator of list of str
         The chunks of the chat that it comes to.
+    keep : callable, optional
+        Awaited with the whole response before its end is told, so that what is known to have ended can be found.
     """
 
-    def __init__(self, asked: ResponsesRequest, batches: Batches) -> None:
+    def __init__(
+        self, asked: ResponsesRequest, batches: Batches, keep: Callable[[dict[str, Any]], Awaitable[None]] | None = None
+    ) -> None:
         self.id = _new("resp")
         self._asked = asked
         self._batches = batches
+        self._keep = keep
         self._created = time.time()
         self._choice = Choice(0)
         self._items: list[dict[str, Any]] = []
@@ -301,7 +306,10 @@ class Response:
                     yield b"".join(events)
         finish = self._choice.finish
         self._status = "incomplete" if finish == "length" else "completed"
-        yield b"".join([*self._close(), self._of(f"response.{self._status}")])
+        closing = b"".join(self._close())
+        if self._keep is not None:
+            await self._keep(self.described())
+        yield closing + self._of(f"response.{self._status}")
 
     def _fail(self, message: str) -> bytes:
         self._status, self._error = "failed", {"code": "server_error", "message": message}
