@@ -10,8 +10,6 @@ import pytest
 from typer.testing import CliRunner
 
 from modelworks.cli import app
-from modelworks.spec.errors import InputError
-from modelworks.web.up import up
 
 
 def run(*words: str, typed: str = "") -> Any:
@@ -59,9 +57,3 @@ def test_what_there_is_is_shown_to_people(home: Path, kind: str) -> None:
     run("users", "add", "alice")
     run("keys", "create", "alice")
     assert CliRunner().invoke(app, [kind, "list"]).exit_code == 0
-
-
-def test_the_web_app_which_asks_nobody_who_they_are_is_not_opened_to_a_network_once_there_are_users(home: Path) -> None:
-    run("users", "add", "alice")
-    with pytest.raises(InputError, match=r"--host 0.0.0.0 is not accepted: there are users"):
-        up("0.0.0.0", 0, False, None)  # type: ignore[arg-type]
