@@ -29,11 +29,11 @@ BYTES_PER_TOKEN = 2.7
 """Of this text with a vocabulary of 1,024: how distances in tokens become distances in characters."""
 TEXTS = {
     "short": (0, 1.0, 3_000_000),
-    "512": (512, 0.8, 700_000),
-    "2048": (2048, 0.6, 1_200_000),
-    "4096": (4096, 0.5, 400_000),
-    "8192": (8192, 0.4, 500_000),
-    "16384": (16384, 0.3, 700_000),
+    "512": (512, 0.8, 1_000_000),
+    "2048": (2048, 0.6, 3_000_000),
+    "4096": (4096, 0.5, 1_000_000),
+    "8192": (8192, 0.4, 1_200_000),
+    "16384": (16384, 0.3, 1_500_000),
 }
 """Of each text: how far back is asked (0: `short_document`), which share of lines tells or asks, how many tokens."""
 VOCAB = 1024
