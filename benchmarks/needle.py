@@ -106,7 +106,9 @@ def short_document(chance: random.Random) -> str:
     so many questions the network learns to look back, which it doesn't learn from pairs alone (not in 3 M tokens).
     """
     if chance.random() < 0.5:
-        items = [chance.choice(KEYS) if chance.random() < 0.6 else number(chance) for _ in range(chance.randrange(4, 40))]
+        items = [
+            chance.choice(KEYS) if chance.random() < 0.6 else number(chance) for _ in range(chance.randrange(4, 40))
+        ]
         return "".join(f" {item}" for item in items) * chance.randrange(2, 5)
     told = [f" {key} {number(chance)}" for key in chance.sample(KEYS, chance.choice((1, 2, 2, 3, 3, 4, 6)))]
     asked = told * 4
