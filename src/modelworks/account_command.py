@@ -27,8 +27,6 @@ users_app = typer.Typer(help="Add, list, change and remove users of the gateway.
 keys_app = typer.Typer(help="Create, list and revoke API keys.", no_args_is_help=True)
 tiers_app = typer.Typer(help="List and change tiers: what their users may use.", no_args_is_help=True)
 console = Console()
-COMMAND_LINE = "command line"
-"""Who does what is done here, in the audit log."""
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table for people.")]
 UserName = Annotated[str, typer.Argument(metavar="USER", help="A user's name, as `users list` shows it.")]
 TierName = Annotated[str | None, typer.Option(metavar="TIER", help="A tier, as `tiers list` shows it.")]
@@ -293,7 +291,7 @@ def prune(
     limits = [days * DAY_S if days is not None else None for days in (conversations, requests)]
     with _accounts() as accounts:
         removed = remove(accounts.database, time.time(), *limits)
-        accounts.note(COMMAND_LINE, "prune", " ".join(f"{name}={count}" for name, count in removed.items()))
+        accounts.note("prune", " ".join(f"{name}={count}" for name, count in removed.items()))
     if as_json:
         print(json.dumps(removed))
     else:
@@ -312,7 +310,7 @@ def backup(
 
     size = back_up(default_database(), file)
     with _accounts() as accounts:
-        accounts.note(COMMAND_LINE, "back up", file.name)
+        accounts.note("back up", file.name)
     if as_json:
         print(json.dumps({"file": str(file), "bytes": size}))
     else:
@@ -335,5 +333,5 @@ def restore(
         raise typer.Exit(1)
     put_back(file, default_database())
     with _accounts() as accounts:
-        accounts.note(COMMAND_LINE, "restore", file.name)
+        accounts.note("restore", file.name)
     print(json.dumps({"restored": str(file)})) if as_json else console.print(f"{file} is restored", soft_wrap=True)

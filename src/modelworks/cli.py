@@ -798,7 +798,8 @@ def _serve(
         log_to(log)
     access = access_if_wanted(config)
     routers = [account_routes(access), administration_routes(access)] if access else []
-    shared: dict[str, Any] = {"access": access, "keeper": DatabaseKeeper(), "routers": routers}
+    keeper = DatabaseKeeper(access.accounts.database if access else None)
+    shared: dict[str, Any] = {"access": access, "keeper": keeper, "routers": routers}
     if config is not None:
         gateway(config, Store(), host=host, port=port, hosts=allow_host or [], **shared)
         return

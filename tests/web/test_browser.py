@@ -15,6 +15,9 @@ from pathlib import Path
 import httpx
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent))
+from started import address_of
+
 from modelworks.assistant.store import ConversationStore
 from modelworks.serve.store import Store
 from modelworks.spec.errors import OperationError
@@ -33,16 +36,7 @@ class RunningServer:
         self.home = home
         self.environment = {**os.environ, "MODELWORKS_HOME": str(home), "OMP_NUM_THREADS": "1"}
         self.process = self.command("--port", "0", "--no-run", *options)
-        deadline = time.monotonic() + 60
-        while True:
-            assert self.process.poll() is None, self.process.communicate()[0]
-            assert time.monotonic() < deadline
-            try:
-                self.url = json.loads((home / "up.json").read_text())["url"]
-                if httpx.get(f"{self.url}/health", timeout=5).is_success:
-                    return
-            except (OSError, ValueError, httpx.HTTPError):
-                time.sleep(0.1)
+        self.url = address_of(self.process, home)
 
     def command(self, *options: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "modelworks", "up", *options]

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,9 @@ import httpx
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "serve"))
+sys.path.insert(0, str(Path(__file__).parent))
 from gateways import Stub, plain_client
+from started import address_of
 
 from modelworks.assistant.accounts import Accounts
 from modelworks.assistant.database import Database
@@ -49,16 +49,7 @@ class Place:
         self.process = subprocess.Popen(
             [*command, "--config", str(home / "serve.toml")], env=environment, stdout=subprocess.PIPE, text=True
         )
-        until = time.monotonic() + 60
-        while True:
-            assert self.process.poll() is None
-            assert time.monotonic() < until
-            try:
-                self.url = json.loads((home / "up.json").read_text())["url"]
-                if httpx.get(f"{self.url}/health", timeout=5).is_success:
-                    return
-            except (OSError, ValueError, httpx.HTTPError):
-                time.sleep(0.1)
+        self.url = address_of(self.process, home)
 
     @contextlib.contextmanager
     def client(self, name: str | None = None, password: str = PASSWORD) -> Iterator[httpx.Client]:

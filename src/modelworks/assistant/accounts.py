@@ -486,7 +486,7 @@ class Accounts:
             rows = session.scalars(select(AuditRow).order_by(AuditRow.id.desc()).limit(last))
             return [{"at": row.at, "actor": row.actor, "action": row.action, "subject": row.subject} for row in rows]
 
-    def note(self, actor: str, action: str, subject: str) -> None:
+    def note(self, action: str, subject: str, actor: str = COMMAND_LINE) -> None:
         """Write down what was done elsewhere, such as a reload of the configuration."""
         with self.database.write() as session:
             self._note(session, actor, action, subject)

@@ -88,7 +88,7 @@ class AccountAccess:
 
     async def note(self, actor: str, action: str, subject: str) -> None:
         """Write down an administrative act."""
-        await _in_thread(self.accounts.note, actor, action, subject)
+        await _in_thread(self.accounts.note, action, subject, actor)
 
 
 def access_if_wanted(config_file: Path | None = None) -> AccountAccess | None:

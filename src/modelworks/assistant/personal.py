@@ -15,6 +15,7 @@ from starlette.requests import Request
 
 from modelworks.assistant.accounts import Accounts
 from modelworks.serve.access import Principal
+from modelworks.serve.answer import capped
 from modelworks.serve.engine import Activity, Endpoint, Engine, ModelCard
 from modelworks.serve.errors import RequestError, UnknownModelError
 from modelworks.serve.gate import Gate
@@ -75,11 +76,8 @@ class PersonalEngine(Engine):
         status = 499
         try:
             async with self._gate.visit(request, asked, card, endpoint) as visit:
-                if visit.answer_tokens is not None:
-                    body = body | {
-                        "max_tokens": min(body.get("max_tokens") or visit.answer_tokens, visit.answer_tokens)
-                    }
-                batches = self._metrics.measured(model, self._engine.stream(endpoint, model, body), visit.outcomes)
+                answer = self._engine.stream(endpoint, model, capped(body, visit.answer_tokens))
+                batches = self._metrics.measured(model, answer, visit.outcomes)
                 try:
                     async with aclosing(batches):
                         async for batch in batches:

@@ -24,4 +24,5 @@ def create() -> FastAPI:
         log_to(plan.log)
     access = access_if_wanted(Path(plan.config))
     routers = [account_routes(access), administration_routes(access)] if access else []
-    return Configured(Path(plan.config), Store(), plan.workers).app(plan.hosts, access, DatabaseKeeper(), routers)
+    keeper = DatabaseKeeper(access.accounts.database if access else None)
+    return Configured(Path(plan.config), Store(), plan.workers).app(plan.hosts, access, keeper, routers)

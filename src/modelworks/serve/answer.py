@@ -63,8 +63,7 @@ class Answer:
         bodies: list[dict[str, Any]] = [asked.body()]
         if isinstance(asked, CompletionRequest):
             bodies = [bodies[0] | {"prompt": prompt} for prompt in asked.prompts()]
-        if longest is not None:
-            bodies = [body | {"max_tokens": min(body.get("max_tokens") or longest, longest)} for body in bodies]
+        bodies = [capped(body, longest) for body in bodies]
         count = asked.n or 1
         bodies = [_nth(body, choice) for body in bodies for choice in range(count)]
         model = asked.model
@@ -139,6 +138,11 @@ class Answer:
 def _is_usage(chunk: str) -> bool:
     """Whether a chunk says nothing but the usage; a quote inside generated text is escaped and can't match."""
     return '"usage":' in chunk and any(mark in chunk for mark in _NO_CHOICES)
+
+
+def capped(body: dict[str, Any], longest: int | None) -> dict[str, Any]:
+    """An engine's request whose answer has so many tokens at most; as it is where there is no such limit."""
+    return body if longest is None else body | {"max_tokens": min(body.get("max_tokens") or longest, longest)}
 
 
 def _nth(body: dict[str, Any], choice: int) -> dict[str, Any]:

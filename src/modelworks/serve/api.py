@@ -26,7 +26,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from modelworks import __version__
 from modelworks.serve.access import Access, KeysOnly, Outcome, principal_of
-from modelworks.serve.answer import Answer
+from modelworks.serve.answer import Answer, capped
 from modelworks.serve.engine import Engine, ModelCard
 from modelworks.serve.errors import RequestError, UnavailableError, UnknownModelError
 from modelworks.serve.fairness import FairQueue
@@ -188,9 +188,7 @@ def _add_responses(
 
         async def answer(send: Send) -> None:
             async with gate.visit(request, chat, card, "responses") as visit, _noted(visit):
-                body = chat.body()
-                if visit.answer_tokens is not None:
-                    body["max_tokens"] = min(body.get("max_tokens") or visit.answer_tokens, visit.answer_tokens)
+                body = capped(chat.body(), visit.answer_tokens)
                 batches = metrics.measured(model, engine.stream("chat", model, body), visit.outcomes)
                 made = MadeResponse(asked, batches, keep if keeper is not None and asked.store is not False else None)
                 if asked.stream:

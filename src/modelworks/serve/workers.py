@@ -28,12 +28,12 @@ from uvicorn.supervisors.multiprocess import Multiprocess, Process
 
 from modelworks.serve.config import load_config
 from modelworks.serve.listen import announce, check_share, open_port
+from modelworks.serve.metrics import MULTIPROCESS
 from modelworks.spec.errors import OperationError
 
 _LOG = logging.getLogger("modelworks.workers")
 PLAN = "MODELWORKS_WORKER"
 """The environment variable in which a worker finds what it serves."""
-METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 _PARENT_LOOK_S = 1.0
 
 
@@ -89,7 +89,7 @@ def run_workers(
     check_share(config, workers, str(config_file))
     listener = open_port(host, port)
     with listener, tempfile.TemporaryDirectory(prefix="modelworks-metrics-") as folder:
-        os.environ[METRICS_FOLDER] = folder
+        os.environ[MULTIPROCESS] = folder
         os.environ[PLAN] = json.dumps(asdict(WorkerPlan(str(config_file.absolute()), workers, tuple(hosts), log)))
         announce(listener, f"{', '.join(config.engines)} by {workers} workers", keys)
         settings = uvicorn.Config(

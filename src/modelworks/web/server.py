@@ -86,7 +86,7 @@ def build(
         hosts=hosts,
         access=access,
         queue=behind.queue,
-        keeper=DatabaseKeeper(),
+        keeper=DatabaseKeeper(access.accounts.database if access is not None else assistant.store.database),
         routers=[*behind.routers, conversation_routes(lambda request: services.of(request).assistant)],
         door=(lambda inner: SignedIn(inner, access)) if access is not None else None,
     )

@@ -17,9 +17,11 @@ import math
 import secrets
 import time
 from collections.abc import Mapping
+from typing import Any
 from urllib.parse import parse_qs, quote, urlsplit
 
 from fastapi import APIRouter, Request, Response
+from starlette.requests import HTTPConnection
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -121,20 +123,7 @@ class SignedIn:
 
 def session_of(scope: Scope) -> str:
     """The session's key in a request's cookies; empty if there is none."""
-    request = Request(scope) if scope["type"] == "http" else None
-    cookies: Mapping[str, str] = request.cookies if request else _cookies(scope)
-    return cookies.get(cookie_name(scope), "")
-
-
-def _cookies(scope: Scope) -> dict[str, str]:
-    """A websocket's cookies."""
-    found = {}
-    for name, value in scope["headers"]:
-        if name == b"cookie":
-            for pair in value.decode("latin-1").split(";"):
-                key, _, text = pair.strip().partition("=")
-                found[key] = text
-    return found
+    return HTTPConnection(scope).cookies.get(cookie_name(scope), "")
 
 
 def is_secure(scope: Scope) -> bool:
@@ -153,11 +142,13 @@ def begin_session(response: Response, request: Request, key: str) -> None:
         cookie_name(request.scope),
         key,
         max_age=int(SIGN_IN_S),
-        path="/",
-        secure=is_secure(request.scope),
-        httponly=True,
-        samesite="lax",
+        **_guarded(request.scope),
     )
+
+
+def _guarded(scope: Scope) -> dict[str, Any]:
+    """How a cookie is kept from scripts, from other sites, and over TLS from whoever listens."""
+    return {"path": "/", "secure": is_secure(scope), "httponly": True, "samesite": "lax"}
 
 
 def sign_in_routes(access: AccountAccess, others: Mapping[str, str] | None = None) -> APIRouter:
@@ -202,9 +193,7 @@ def sign_in_routes(access: AccountAccess, others: Mapping[str, str] | None = Non
         principal: Principal = request.scope["state"]["principal"]
         await asyncio.to_thread(accounts.revoke_key, principal.key_id, user_id=principal.user_id, actor=principal.user)
         response = RedirectResponse("/sign-in", 303, headers={"Cache-Control": "no-store"})
-        response.delete_cookie(
-            cookie_name(request.scope), path="/", secure=is_secure(request.scope), httponly=True, samesite="lax"
-        )
+        response.delete_cookie(cookie_name(request.scope), **_guarded(request.scope))
         return response
 
     return routes
@@ -230,10 +219,7 @@ def oidc_routes(access: AccountAccess, provider: Provider) -> APIRouter:
             _errand_name(request.scope),
             base64.urlsafe_b64encode(json.dumps(vars(errand)).encode()).decode(),
             max_age=int(LASTS_S),
-            path="/",
-            secure=is_secure(request.scope),
-            httponly=True,
-            samesite="lax",
+            **_guarded(request.scope),
         )
         return response
 
@@ -253,9 +239,7 @@ def oidc_routes(access: AccountAccess, provider: Provider) -> APIRouter:
             assert errand is not None
             response = RedirectResponse(target_of(errand.target), 303, headers={"Cache-Control": "no-store"})
             begin_session(response, request, key)
-        response.delete_cookie(
-            _errand_name(request.scope), path="/", secure=is_secure(request.scope), httponly=True, samesite="lax"
-        )
+        response.delete_cookie(_errand_name(request.scope), **_guarded(request.scope))
         return response
 
     return routes
