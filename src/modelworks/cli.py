@@ -779,7 +779,7 @@ def _serve(
     Example: [bold]modelworks serve --config serve.toml[/bold]
     """
     from modelworks.assistant.gateway import access_if_wanted, account_routes, administration_routes
-    from modelworks.assistant.kept import DatabaseKeeper
+    from modelworks.assistant.kept import DatabaseStorage
     from modelworks.serve.listen import gateway, serve
     from modelworks.serve.llamacpp import EngineSettings
     from modelworks.serve.log import log_to
@@ -798,8 +798,8 @@ def _serve(
         log_to(log)
     access = access_if_wanted(config)
     routers = [account_routes(access), administration_routes(access)] if access else []
-    keeper = DatabaseKeeper(access.accounts.database if access else None)
-    shared: dict[str, Any] = {"access": access, "keeper": keeper, "routers": routers}
+    storage = DatabaseStorage(access.accounts.database if access else None)
+    shared: dict[str, Any] = {"access": access, "storage": storage, "routers": routers}
     if config is not None:
         gateway(config, Store(), host=host, port=port, hosts=allow_host or [], **shared)
         return

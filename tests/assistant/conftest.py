@@ -1,4 +1,4 @@
-"""A PostgreSQL server of the tests' own, on a Unix socket, run by another user than root."""
+"""A gateway with accounts over a stub engine; a PostgreSQL server of the tests' own, on a Unix socket."""
 
 from __future__ import annotations
 
@@ -6,11 +6,32 @@ import os
 import pwd
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "serve"))
+from accounted import Gateway, gateway_over
+from gateways import Stub
+
+
+@pytest.fixture(scope="module")
+def stub() -> Iterator[Stub]:
+    """A stub engine."""
+    stub = Stub("stub", "hidden")
+    yield stub
+    stub.end()
+
+
+@pytest.fixture
+def gateway(stub: Stub, tmp_path: Path) -> Iterator[Gateway]:
+    """A gateway over it."""
+    with gateway_over(stub, tmp_path) as gateway:
+        yield gateway
 
 
 def _programs() -> Path | None:

@@ -8,9 +8,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,83 +18,22 @@ import pytest
 from sqlalchemy import func, select, text
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "serve"))
-from gateways import HELLO, Stub, client_of, numbers_of, plain_client, serving, text_of, wait_for
+from accounted import Gateway
+from gateways import HELLO, client_of, numbers_of, text_of, wait_for
 
-from modelworks.assistant.accounts import Accounts
-from modelworks.assistant.database import Database
-from modelworks.assistant.gateway import AccountAccess, account_routes, administration_routes
-from modelworks.assistant.kept import DatabaseKeeper
-from modelworks.assistant.ledger import Ledger
 from modelworks.assistant.tables import UsageRow
 from modelworks.serve.access import OPEN_PATHS, SCOPES, scope_of
-from modelworks.serve.api import create_app
-from modelworks.serve.config import ServeConfig
-from modelworks.serve.fairness import FairQueue
-from modelworks.serve.listen import admin_routes
 from modelworks.serve.log import JsonLines
-from modelworks.serve.routing import Router
-from modelworks.serve.store import Store
-from modelworks.spec.fields import validate
 
 PASSWORD = "correct horse battery"
+NOTHING = {
+    "key_id": "0" * 16,
+    "response_id": "resp_" + "0" * 48,
+    "file_id": "file-" + "0" * 32,
+    "batch_id": "batch_" + "0" * 32,
+}
+"""Names of things that nobody has."""
 DOCUMENTATION = {"/v1/docs", "/openapi.json", "/v1/docs/oauth2-redirect"}
-
-
-@dataclass
-class Gateway:
-    """A gateway, its accounts, and the stub behind it."""
-
-    address: str
-    accounts: Accounts
-    ledger: Ledger
-    stub: Stub
-    schema: dict[str, Any]
-    client: httpx.Client
-    queue: FairQueue
-
-    def user(self, name: str, *limits: str, **options: Any) -> str:
-        """A user with a tier of its own, and the user's key."""
-        self.accounts.set_tier(f"tier-{name}", ["models=['stub', 'seen']", "parallel=100", *limits])
-        scopes = options.pop("scopes", ("generate", "embed", "models", "account"))
-        self.accounts.add_user(name, tier=f"tier-{name}", **options)
-        return self.accounts.create_key(name, scopes=scopes)[1]
-
-    def call(self, key: str | None, method: str, path: str, **options: Any) -> httpx.Response:
-        """One request."""
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        return self.client.request(method, self.address + path, headers=headers, **options)
-
-    def operations(self) -> list[tuple[str, str]]:
-        """Every method and path of the OpenAPI schema."""
-        return [(method.upper(), path) for path, methods in self.schema["paths"].items() for method in methods]
-
-
-@pytest.fixture(scope="module")
-def stub() -> Iterator[Stub]:
-    stub = Stub("stub", "hidden")
-    yield stub
-    stub.end()
-
-
-@pytest.fixture
-def gateway(stub: Stub, tmp_path: Path) -> Iterator[Gateway]:
-    stub.control(fault="none", rate=200, tokens=8)
-    engine = {"url": stub.url, "concurrency": 8}
-    models = {"seen": {"on": {"a": "stub"}, "images": True, "search": True}}
-    router = Router(validate(ServeConfig, {"engines": {"a": engine}, "models": models}))
-    database = Database(tmp_path / "modelworks.db")
-    access = AccountAccess(Accounts(database), Ledger(database))
-
-    async def reload() -> ServeConfig:
-        return validate(ServeConfig, {"engines": {"a": engine}, "models": models})
-
-    routers = [admin_routes(router, reload), account_routes(access), administration_routes(access)]
-    queue = FairQueue(router.capacity)
-    keeper = DatabaseKeeper(database)
-    app = create_app(router, Store(tmp_path / "models"), access=access, queue=queue, keeper=keeper, routers=routers)
-    with serving(app) as address, plain_client() as client:
-        yield Gateway(address, access.accounts, access.ledger, stub, app.openapi(), client, queue)
-    database.close()
 
 
 def filled(path: str, **values: str) -> str:
@@ -113,6 +50,12 @@ def body_for(gateway: Gateway, method: str, path: str) -> Any:
         "/v1/completions": {"model": "stub", "prompt": "x"},
         "/v1/responses": {"model": "stub", "input": "x"},
         "/v1/embeddings": {"model": "stub", "input": "x"},
+        "/v1/files": {"file": "x", "purpose": "batch"},
+        "/v1/batches": {
+            "input_file_id": "file-0",
+            "endpoint": "/v1/chat/completions",
+            "completion_window": "24h",
+        },
         "/v1/account/login": {"user": "alice", "password": "not it, not it"},
         "/v1/account/keys": {"name": "made by another"},
         "/v1/account/password": {"current": "not it, not it", "new": "something long enough"},
@@ -127,7 +70,7 @@ def test_every_route_but_the_open_ones_needs_a_key_with_its_scope(gateway: Gatew
     for method, path in gateway.operations():
         if path in OPEN_PATHS:
             continue
-        there = filled(path, name="stub", key_id="0" * 16, response_id="resp_" + "0" * 48)
+        there = filled(path, name="stub", **NOTHING)
         body = body_for(gateway, method, path)
         assert gateway.call(None, method, there, **body).status_code == 401, path
         assert gateway.call("mw-wrong", method, there, **body).status_code in {401, 429}, path
@@ -152,18 +95,34 @@ def test_another_user_reads_and_changes_nothing_on_any_route(gateway: Gateway) -
     assert gateway.call(alice, "POST", "/v1/account/keys", json={"name": "alices-key"}).status_code == 200
     client_of(gateway.address, alice).chat.completions.create(model="stub", messages=HELLO)
     wait_for(lambda: not _open_rows(gateway))
+    client = client_of(gateway.address, alice)
+    request = {"custom_id": "a", "method": "POST", "url": "/v1/completions"} | {
+        "body": {"model": "stub", "prompt": "x"}
+    }
+    file = client.files.create(file=("alices-file", json.dumps(request).encode()), purpose="batch")
+    batch = client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
+    wait_for(lambda: client.batches.retrieve(batch.id).status == "completed")
+    response = client.responses.create(model="stub", input="alices-question")
     keys = gateway.accounts.keys("alice")
-    hers = [gateway.accounts.user("alice").id, "alices-key", "alices-team", *(key.id for key in keys)]
+    things = {"key_id": [key.id for key in keys], "file_id": [one.id for one in client.files.list()]}
+    things |= {"batch_id": [batch.id], "response_id": [response.id]}
+    hers = [gateway.accounts.user("alice").id, "alices-", *(name for names in things.values() for name in names)]
     before = _state(gateway, alice)
+    tried = set()
     for method, path in gateway.operations():
-        for key_id in [key.id for key in keys] if "{key_id}" in path else [""]:
-            there = filled(path, name="stub", key_id=key_id)
+        kind = next((kind for kind in things if f"{{{kind}}}" in path), None)
+        for name in things[kind] if kind else [""]:
+            there = filled(path, name="stub", **{kind or "": name})
             answer = gateway.call(bob, method, there, **body_for(gateway, method, path))
-            assert not [part for part in hers if part in answer.text.replace(key_id or "-", "")], (method, path)
-            if key_id:
+            assert not [part for part in hers if part in answer.text.replace(name or "-", "")], (method, path)
+            if kind:
                 assert answer.status_code == 404, (method, path)
-                nobody = gateway.call(bob, method, filled(path, key_id="0" * 16)).text
-                assert answer.text.replace(key_id, "0" * 16) == nobody
+                nobody = gateway.call(bob, method, filled(path, **NOTHING)).text
+                assert answer.text.replace(name, NOTHING[kind]) == nobody
+                tried.add(kind)
+    assert tried == things.keys()
+    theft = {"input_file_id": file.id, "endpoint": "/v1/completions", "completion_window": "24h"}
+    assert gateway.call(bob, "POST", "/v1/batches", json=theft).status_code == 404
     assert _state(gateway, alice) == before
     signed_in = {"user": "alice", "password": PASSWORD}
     assert gateway.call(None, "POST", "/v1/account/login", json=signed_in).status_code == 200
@@ -171,7 +130,8 @@ def test_another_user_reads_and_changes_nothing_on_any_route(gateway: Gateway) -
 
 def _state(gateway: Gateway, key: str) -> Any:
     account, keys, usage = (gateway.call(key, "GET", f"/v1/account{part}").json() for part in ("", "/keys", "/usage"))
-    return account, [{**one, "last_used": None} for one in keys["data"]], usage
+    files, batches = (gateway.call(key, "GET", path).json() for path in ("/v1/files", "/v1/batches"))
+    return account, [{**one, "last_used": None} for one in keys["data"]], usage, files, batches
 
 
 def test_a_key_makes_no_key_that_can_more_and_no_user_names_another(gateway: Gateway) -> None:

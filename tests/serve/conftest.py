@@ -14,7 +14,7 @@ import pytest
 import uvicorn
 
 from modelworks.assistant.database import Database
-from modelworks.assistant.kept import DatabaseKeeper
+from modelworks.assistant.kept import DatabaseStorage
 from modelworks.serve.api import create_app
 from modelworks.serve.llamacpp import EngineSettings, LlamaCppEngine
 from modelworks.serve.store import Store
@@ -45,9 +45,9 @@ def gguf(store: Store) -> Path:
 @pytest.fixture(scope="session")
 def address(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Where our server listens."""
-    keeper = DatabaseKeeper(Database(tmp_path_factory.mktemp("kept") / "modelworks.db"))
+    storage = DatabaseStorage(Database(tmp_path_factory.mktemp("kept") / "modelworks.db"))
     engine = LlamaCppEngine(store, EngineSettings(slots=SLOTS, threads=1, context=CONTEXT))
-    app = create_app(engine, store, body_limit=1 << 20, preload=MODEL, keeper=keeper)
+    app = create_app(engine, store, body_limit=1 << 20, preload=MODEL, storage=storage)
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))

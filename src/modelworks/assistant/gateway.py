@@ -77,6 +77,11 @@ class AccountAccess:
         principal: Principal = await _in_thread(self.accounts.recognise, key, address)
         return principal
 
+    async def still(self, key_id: str) -> Principal:
+        """Whose key it is now."""
+        principal: Principal = await _in_thread(self.accounts.still, key_id)
+        return principal
+
     async def admit(self, principal: Principal, wanted: Wanted) -> Grant:
         """Set aside what a request may use."""
         grant: Grant = await _in_thread(self.ledger.admit, principal, wanted, of=self._writers)

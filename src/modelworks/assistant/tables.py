@@ -9,7 +9,19 @@ beside the first as its sibling and nothing is lost. `leaf_id` says which branch
 
 from __future__ import annotations
 
-from sqlalchemy import Boolean, CheckConstraint, Float, ForeignKey, Index, Integer, MetaData, String, Text
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Text,
+)
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 STATES = ("complete", "writing", "stopped", "failed", "interrupted")
@@ -180,6 +192,70 @@ class ResponseRow(Base):
     response: Mapped[str] = mapped_column(Text)
     items: Mapped[str] = mapped_column(Text)
     """All that it was made of, as JSON."""
+
+
+class FileRow(Base):
+    """A file that was sent to the API, or that a batch has made."""
+
+    __tablename__ = "files"
+    __table_args__ = (Index("ix_files_user_id", "user_id", "created"), Index("ix_files_expires", "expires"))
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    user_id: Mapped[str | None] = mapped_column(ForeignKey("users.id", ondelete="CASCADE"))
+    """None where there are no accounts."""
+    name: Mapped[str] = mapped_column(Text)
+    purpose: Mapped[str] = mapped_column(String(32))
+    size: Mapped[int] = mapped_column(BigInteger)
+    created: Mapped[float] = mapped_column(Float)
+    expires: Mapped[float] = mapped_column(Float)
+    content: Mapped[bytes] = mapped_column(LargeBinary)
+
+
+class BatchRow(Base):
+    """Requests that are answered when there is time."""
+
+    __tablename__ = "batches"
+    __table_args__ = (
+        Index("ix_batches_user_id", "user_id", "created"),
+        Index("ix_batches_state", "state", "created"),
+    )
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    user_id: Mapped[str | None] = mapped_column(ForeignKey("users.id", ondelete="CASCADE"))
+    """None where there are no accounts."""
+    key_id: Mapped[str | None] = mapped_column(String(32))
+    endpoint: Mapped[str] = mapped_column(String(32))
+    input_file: Mapped[str] = mapped_column(String(64))
+    window_s: Mapped[float] = mapped_column(Float)
+    created: Mapped[float] = mapped_column(Float)
+    state: Mapped[str] = mapped_column(String(16))
+    worker: Mapped[str | None] = mapped_column(String(32))
+    """Who works on it."""
+    alive: Mapped[float | None] = mapped_column(Float)
+    """When the worker last said so."""
+    begun: Mapped[float | None] = mapped_column(Float)
+    asked_to_end: Mapped[float | None] = mapped_column(Float)
+    ended: Mapped[float | None] = mapped_column(Float)
+    total: Mapped[int] = mapped_column(Integer)
+    completed: Mapped[int] = mapped_column(Integer)
+    failed: Mapped[int] = mapped_column(Integer)
+    details: Mapped[str] = mapped_column(Text)
+    """Its metadata, as JSON."""
+    errors: Mapped[str] = mapped_column(Text)
+    """What is wrong with its file, as JSON."""
+    output_file: Mapped[str | None] = mapped_column(String(64))
+    error_file: Mapped[str | None] = mapped_column(String(64))
+
+
+class ResultRow(Base):
+    """What became of one line of a batch that has not ended."""
+
+    __tablename__ = "batch_results"
+
+    batch_id: Mapped[str] = mapped_column(ForeignKey("batches.id", ondelete="CASCADE"), primary_key=True)
+    line: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    good: Mapped[bool] = mapped_column(Boolean)
+    content: Mapped[str] = mapped_column(Text)
 
 
 class AttemptRow(Base):

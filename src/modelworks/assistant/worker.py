@@ -8,7 +8,7 @@ from pathlib import Path
 from fastapi import FastAPI
 
 from modelworks.assistant.gateway import access_if_wanted, account_routes, administration_routes
-from modelworks.assistant.kept import DatabaseKeeper
+from modelworks.assistant.kept import DatabaseStorage
 from modelworks.serve.listen import Configured
 from modelworks.serve.log import log_to
 from modelworks.serve.store import Store
@@ -24,5 +24,5 @@ def create() -> FastAPI:
         log_to(plan.log)
     access = access_if_wanted(Path(plan.config))
     routers = [account_routes(access), administration_routes(access)] if access else []
-    keeper = DatabaseKeeper(access.accounts.database if access else None)
-    return Configured(Path(plan.config), Store(), plan.workers).app(plan.hosts, access, keeper, routers)
+    storage = DatabaseStorage(access.accounts.database if access else None)
+    return Configured(Path(plan.config), Store(), plan.workers).app(plan.hosts, access, storage, routers)

@@ -22,6 +22,8 @@ from modelworks.spec.fields import Count, Duration, PositiveFloat, PositiveInt, 
 
 SCOPES = ("generate", "embed", "models", "account", "admin")
 """What a key may be for: answers, vectors, the list of models, its owner's keys and usage, everything of everyone."""
+BATCH_SHARE = 0.1
+"""The share of full engines that a user's batches have, beside the user's other requests."""
 OPEN_PATHS = frozenset({"/health", "/v1/account/login"})
 """What needs no key."""
 _SCOPE_OF = (
@@ -29,6 +31,8 @@ _SCOPE_OF = (
     ("/v1/completions", "generate"),
     ("/v1/chats", "generate"),
     ("/v1/responses", "generate"),
+    ("/v1/files", "generate"),
+    ("/v1/batches", "generate"),
     ("/v1/embeddings", "embed"),
     ("/v1/models", "models"),
     ("/v1/account", "account"),
@@ -62,6 +66,8 @@ class Tier(Section):
     """Answers at once."""
     priority: PositiveFloat = 1.0
     """The share of full engines beside that of others."""
+    file_bytes: Count = 1 << 30
+    """Bytes that a user's files may hold in all."""
 
     def has(self, model: str) -> bool:
         """Whether the tier includes a model."""
@@ -78,6 +84,18 @@ class Principal:
     scopes: frozenset[str]
     tier: Tier
     team: str | None = None
+    batch: bool = False
+    """Whether the request is one of a batch, which waits behind those that somebody waits for."""
+
+    @property
+    def tenant(self) -> str:
+        """Who takes turns with others."""
+        return f"{self.user_id} batch" if self.batch else self.user_id
+
+    @property
+    def weight(self) -> float:
+        """The tenant's share beside that of others."""
+        return self.tier.priority * (BATCH_SHARE if self.batch else 1.0)
 
 
 @dataclass(frozen=True)
@@ -130,6 +148,15 @@ class Access(Protocol):
         ------
         RequestError
             401 if it is nobody's, expired or revoked; 429 if this address has tried too many that were.
+        """
+
+    async def still(self, key_id: str) -> Principal:
+        """Whose key it is now, of one that has been recognised before.
+
+        Raises
+        ------
+        RequestError
+            401 if it is no longer valid.
         """
 
     async def admit(self, principal: Principal, wanted: Wanted) -> Grant:
@@ -222,3 +249,9 @@ def principal_of(request: Request) -> Principal | None:
     found = state.get("principal")
     assert found is None or isinstance(found, Principal)
     return found
+
+
+def owner_of(request: Request) -> str | None:
+    """Whose things a request is about; None where everything is open."""
+    principal = principal_of(request)
+    return principal.user_id if principal is not None else None

@@ -25,17 +25,20 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from modelworks import __version__
-from modelworks.serve.access import Access, KeysOnly, Outcome, principal_of
+from modelworks.serve.access import Access, KeysOnly, Outcome, owner_of, principal_of
 from modelworks.serve.answer import Answer, capped
+from modelworks.serve.batches import BatchWorker, batch_routes
 from modelworks.serve.engine import Engine, ModelCard
-from modelworks.serve.errors import RequestError, UnavailableError, UnknownModelError
+from modelworks.serve.errors import RequestError, UnavailableError, UnknownModelError, error_body
 from modelworks.serve.fairness import FairQueue
+from modelworks.serve.files import file_routes
 from modelworks.serve.gate import Gate, Visit
 from modelworks.serve.metrics import Metrics
 from modelworks.serve.origin import OwnOriginOnly
-from modelworks.serve.requests import ChatRequest, CompletionRequest, EmbeddingRequest, parse
-from modelworks.serve.responses import Keeper, Kept, ResponsesRequest, shown
+from modelworks.serve.requests import ChatRequest, CompletionRequest, EmbeddingRequest, parse, read_body
 from modelworks.serve.responses import Response as MadeResponse
+from modelworks.serve.responses import ResponsesRequest, shown
+from modelworks.serve.storage import Kept, Storage
 from modelworks.serve.store import Store
 from modelworks.serve.tracing import begin_tracing, end_tracing
 from modelworks.spec.errors import OperationError
@@ -43,9 +46,6 @@ from modelworks.spec.errors import OperationError
 _LOG = logging.getLogger("modelworks.api")
 _CLIENT_GONE = 499
 _BODY_LIMIT = 8 << 20
-_KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-_DISCARDED = 8
-"""How many times the limit is read and thrown away, so that a client that is still sending gets its answer."""
 
 
 def create_app(
@@ -57,7 +57,7 @@ def create_app(
     hosts: Collection[str] = (),
     access: Access | None = None,
     queue: FairQueue | None = None,
-    keeper: Keeper | None = None,
+    storage: Storage | None = None,
     routers: Collection[APIRouter] = (),
     door: Callable[[ASGIApp], ASGIApp] | None = None,
 ) -> FastAPI:
@@ -79,8 +79,8 @@ def create_app(
         Who keeps the accounts. Without it everything is open; with it nothing but `access.OPEN_PATHS` is.
     queue : FairQueue, optional
         Where requests wait for the engine; without it they wait in the engine.
-    keeper : Keeper, optional
-        Where responses are kept; without it none is.
+    storage : Storage, optional
+        Where responses, files and batches are kept; without it none is.
     routers : collection of APIRouter, optional
         More routes under ``/v1``, such as those of the accounts.
     door : callable, optional
@@ -96,9 +96,13 @@ def create_app(
             await access.start()
         if preload:
             await engine.load(preload)
-        showing = asyncio.create_task(metrics.keep_showing(), name="metrics")
+        chores = [asyncio.create_task(metrics.keep_showing(), name="metrics")]
+        if worker is not None:
+            chores.append(asyncio.create_task(worker.run(), name="batches"))
         yield
-        showing.cancel()
+        for chore in chores:
+            chore.cancel()
+        await asyncio.gather(*chores, return_exceptions=True)
         await engine.close()
         if access is not None:
             await access.close()
@@ -115,9 +119,13 @@ def create_app(
     gate = Gate(metrics, access, queue)
     app.state.metrics, app.state.gate = metrics, gate
     _add_generation(app, engine, metrics, gate, body_limit)
-    _add_responses(app, engine, metrics, gate, body_limit, keeper)
+    _add_responses(app, engine, metrics, gate, body_limit, storage)
     _add_embeddings(app, engine, metrics, gate, body_limit)
     _add_models(app, engine)
+    worker = None
+    if storage is not None:
+        worker = BatchWorker(app, storage, access)
+        routers = [*routers, file_routes(storage), batch_routes(storage, worker)]
     for router in routers:
         app.include_router(router, prefix="/v1")
 
@@ -149,7 +157,7 @@ def _add_generation(app: FastAPI, engine: Engine, metrics: Metrics, gate: Gate, 
     async def answered(request: Request, endpoint: str, kind: type[ChatRequest] | type[CompletionRequest]) -> Response:
         model = "unknown"
         try:
-            asked = parse(kind, await _body(request, body_limit))
+            asked = parse(kind, await read_body(request, body_limit))
             card = await engine.card(asked.model)
             model = card.name
         except RequestError as error:
@@ -165,14 +173,14 @@ def _add_generation(app: FastAPI, engine: Engine, metrics: Metrics, gate: Gate, 
 
 
 def _add_responses(
-    app: FastAPI, engine: Engine, metrics: Metrics, gate: Gate, body_limit: int, keeper: Keeper | None
+    app: FastAPI, engine: Engine, metrics: Metrics, gate: Gate, body_limit: int, storage: Storage | None
 ) -> None:
     @app.post("/v1/responses", openapi_extra=_documented(ResponsesRequest))
     async def create(request: Request) -> Response:
         """Answer in items; the response is kept unless `store` is false."""
-        model, owner = "unknown", _owner(request)
+        model, owner = "unknown", owner_of(request)
         try:
-            asked = parse(ResponsesRequest, await _body(request, body_limit))
+            asked = parse(ResponsesRequest, await read_body(request, body_limit))
             before = await found(request, asked.previous_response_id) if asked.previous_response_id else None
             items = [*before.items, *before.response["output"]] if before else []
             chat = asked.chat(items)
@@ -183,14 +191,14 @@ def _add_responses(
             return _error_response(error)
 
         async def keep(response: dict[str, Any]) -> None:
-            assert keeper is not None
-            await keeper.put(owner, Kept(response, [*items, *asked.items()]))
+            assert storage is not None
+            await asyncio.to_thread(storage.put_response, owner, Kept(response, [*items, *asked.items()]))
 
         async def answer(send: Send) -> None:
             async with gate.visit(request, chat, card, "responses") as visit, _noted(visit):
                 body = capped(chat.body(), visit.answer_tokens)
                 batches = metrics.measured(model, engine.stream("chat", model, body), visit.outcomes)
-                made = MadeResponse(asked, batches, keep if keeper is not None and asked.store is not False else None)
+                made = MadeResponse(asked, batches, keep if storage is not None and asked.store is not False else None)
                 if asked.stream:
                     await made.send(send)
                 else:
@@ -215,12 +223,14 @@ def _add_responses(
     @app.delete("/v1/responses/{response_id}")
     async def delete(request: Request, response_id: str) -> dict[str, Any]:
         """Forget a response."""
-        if keeper is None or not await keeper.delete(_owner(request), response_id):
+        if storage is None or not await asyncio.to_thread(storage.remove_response, owner_of(request), response_id):
             raise _no_response(response_id)
         return {"id": response_id, "object": "response", "deleted": True}
 
     async def found(request: Request, response_id: str) -> Kept:
-        kept = await keeper.get(_owner(request), response_id) if keeper is not None else None
+        kept = (
+            await asyncio.to_thread(storage.response, owner_of(request), response_id) if storage is not None else None
+        )
         if kept is None:
             raise _no_response(response_id)
         return kept
@@ -230,18 +240,13 @@ def _no_response(response_id: str) -> RequestError:
     return RequestError(f"there is no response {response_id[:64]!r}", status=404, code="not_found")
 
 
-def _owner(request: Request) -> str | None:
-    principal = principal_of(request)
-    return principal.user_id if principal is not None else None
-
-
 def _add_embeddings(app: FastAPI, engine: Engine, metrics: Metrics, gate: Gate, body_limit: int) -> None:
     @app.post("/v1/embeddings", openapi_extra=_documented(EmbeddingRequest))
     async def embeddings(request: Request) -> Response:
         """Turn texts into vectors of unit length."""
         model = "unknown"
         try:
-            asked = parse(EmbeddingRequest, await _body(request, body_limit))
+            asked = parse(EmbeddingRequest, await read_body(request, body_limit))
             card = await engine.card(asked.model)
             model = card.name
         except RequestError as error:
@@ -349,31 +354,6 @@ def _documented(kind: Any) -> dict[str, Any]:
 
 def _base64(vector: list[float]) -> str:
     return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
-
-
-async def _body(request: Request, limit: int) -> bytes:
-    """The request's body; one that is over the limit is thrown away as it comes."""
-    parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size <= limit:
-            parts.append(part)
-        elif size > limit * _DISCARDED:
-            break
-    if size > limit:
-        raise RequestError(f"the body is over the limit of {limit:,} bytes", status=413, code="request_too_large")
-    return b"".join(parts)
-
-
-def error_body(error: Exception) -> dict[str, Any]:
-    """An error in OpenAI's shape."""
-    kind, code, param = "server_error", None, None
-    if isinstance(error, RequestError):
-        kind = _KINDS.get(error.status, "invalid_request_error")
-        code, param = error.code, error.param
-    elif isinstance(error, UnavailableError):
-        code = "unavailable"
-    return {"error": {"message": str(error), "type": kind, "param": param, "code": code}}
 
 
 def _error_response(error: Exception) -> Response:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from modelworks.spec.errors import InputError, OperationError
+
+_KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
 class RequestError(InputError):
@@ -64,3 +68,14 @@ class UnavailableError(OperationError):
     def __init__(self, message: str, busy_s: float | None = None) -> None:
         super().__init__(message)
         self.busy_s = busy_s
+
+
+def error_body(error: Exception) -> dict[str, Any]:
+    """An error in OpenAI's shape."""
+    kind, code, param = "server_error", None, None
+    if isinstance(error, RequestError):
+        kind = _KINDS.get(error.status, "invalid_request_error")
+        code, param = error.code, error.param
+    elif isinstance(error, UnavailableError):
+        code = "unavailable"
+    return {"error": {"message": str(error), "type": kind, "param": param, "code": code}}

@@ -126,7 +126,7 @@ class Gate:
     def _arriving(self, principal: Principal, wanted: Wanted) -> AbstractContextManager[None]:
         if self._queue is None:
             return nullcontext()
-        return self._queue.arriving(wanted.model, principal.user_id, principal.tier.priority)
+        return self._queue.arriving(wanted.model, principal.tenant, principal.weight)
 
     async def _admitted(self, access: Access, principal: Principal, wanted: Wanted) -> Grant:
         """What is set aside; if the client leaves while it is, it is given back."""
@@ -145,8 +145,8 @@ class Gate:
         if self._queue is None:
             yield
             return
-        tenant = principal.user_id if principal else address_of(request)
-        weight = principal.tier.priority if principal else 1.0
+        tenant = principal.tenant if principal else address_of(request)
+        weight = principal.weight if principal else 1.0
         with ExitStack() as waiting:
             waiting.enter_context(traced("queue", model=wanted.model))
             async with self._queue.place(wanted.model, tenant, weight, wanted.prompt_tokens) as place:

@@ -23,9 +23,9 @@ from modelworks.serve.config import EngineConfig, ServeConfig, load_config
 from modelworks.serve.errors import RequestError
 from modelworks.serve.fairness import FairQueue
 from modelworks.serve.llamacpp import EngineSettings, LlamaCppEngine
-from modelworks.serve.responses import Keeper
 from modelworks.serve.routing import Member, Router
 from modelworks.serve.shared import share_turns
+from modelworks.serve.storage import Storage
 from modelworks.serve.store import Store
 from modelworks.spec.errors import InputError
 
@@ -61,14 +61,14 @@ def serve(
     port: int,
     hosts: Collection[str] = (),
     access: Access | None = None,
-    keeper: Keeper | None = None,
+    storage: Storage | None = None,
     routers: Collection[APIRouter] = (),
 ) -> None:
     """Serve a store's models until the process is told to end; `model` is loaded before the first request."""
     listener = open_port(host, port)
     with listener:
         engine = LlamaCppEngine(store, settings)
-        app = create_app(engine, store, preload=model, hosts=hosts, access=access, keeper=keeper, routers=routers)
+        app = create_app(engine, store, preload=model, hosts=hosts, access=access, storage=storage, routers=routers)
         announce(listener, model, access is not None)
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=5)
         uvicorn.Server(config).run([listener])
@@ -82,7 +82,7 @@ def gateway(
     port: int,
     hosts: Collection[str] = (),
     access: Access | None = None,
-    keeper: Keeper | None = None,
+    storage: Storage | None = None,
     routers: Collection[APIRouter] = (),
 ) -> None:
     """Serve the engines of a configuration file until the process is told to end.
@@ -98,7 +98,7 @@ def gateway(
     configured = Configured(config_file, store)
     listener = open_port(host, port)
     with listener:
-        app = configured.app(hosts, access, keeper, routers)
+        app = configured.app(hosts, access, storage, routers)
         what, drain_s = ", ".join(configured.config.engines), configured.config.drain_s
         announce(listener, what, access is not None)
         config = uvicorn.Config(
@@ -166,12 +166,12 @@ class Configured:
         return config
 
     def app(
-        self, hosts: Collection[str], access: Access | None, keeper: Keeper | None, routers: Collection[APIRouter]
+        self, hosts: Collection[str], access: Access | None, storage: Storage | None, routers: Collection[APIRouter]
     ) -> FastAPI:
         """The gateway as an application."""
         every = [*self.routes(access), *routers]
         app = create_app(
-            self.router, self._store, hosts=hosts, access=access, queue=self.queue, keeper=keeper, routers=every
+            self.router, self._store, hosts=hosts, access=access, queue=self.queue, storage=storage, routers=every
         )
         self.attach(app)
         return app

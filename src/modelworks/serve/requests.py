@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
+from starlette.requests import Request
 
 from modelworks.serve.errors import RequestError
 
@@ -19,6 +20,8 @@ _MOST_CHOICES = 16
 _MOST_STOPS = 16
 _DEFAULT_COMPLETION_TOKENS = 16
 _IMAGE_BYTES = 4096
+_DISCARDED = 8
+"""How many times the limit is read and thrown away, so that a client that is still sending gets its answer."""
 
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
@@ -417,6 +420,20 @@ def parse(kind: type[Kind], content: bytes) -> Kind:
         param = ".".join(str(part) for part in first["loc"])
         where = f"{param}: " if param else ""
         raise RequestError(f"{where}{first['msg']}", code="invalid_value", param=param or None) from None
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """The request's body; one that is over the limit is thrown away as it comes."""
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size <= limit:
+            parts.append(part)
+        elif size > limit * _DISCARDED:
+            break
+    if size > limit:
+        raise RequestError(f"the body is over the limit of {limit:,} bytes", status=413, code="request_too_large")
+    return b"".join(parts)
 
 
 def _checked_schema(schema: dict[str, Any] | None) -> dict[str, Any] | None:

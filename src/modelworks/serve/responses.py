@@ -11,8 +11,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import aclosing
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 from starlette.types import Send
@@ -27,28 +26,6 @@ ID_PATTERN = r"^resp_[0-9a-f]{48}$"
 _PASSED_ON = ("temperature", "top_p", "top_logprobs", "stream", "parallel_tool_calls", "search_parameters")
 _PARAMS = {"messages": "input", "response_format": "text.format", "max_completion_tokens": "max_output_tokens"}
 """A chat's fields, and what they are called here."""
-
-
-@dataclass(frozen=True)
-class Kept:
-    """A response that can be gone on from."""
-
-    response: dict[str, Any]
-    items: list[dict[str, Any]]
-    """All that it was made of: the items of those before it, and its request's own."""
-
-
-class Keeper(Protocol):
-    """Where responses are kept. An owner never finds another's; None is the owner where there are no accounts."""
-
-    async def put(self, owner: str | None, kept: Kept) -> None:
-        """Keep a response."""
-
-    async def get(self, owner: str | None, response_id: str) -> Kept | None:
-        """One that was kept."""
-
-    async def delete(self, owner: str | None, response_id: str) -> bool:
-        """Forget one; false if there is none."""
 
 
 class _Effort(Fields):

@@ -17,7 +17,7 @@ from modelworks.assistant.chat import Assistant
 from modelworks.assistant.conversations import conversation_routes
 from modelworks.assistant.database import default_database
 from modelworks.assistant.gateway import AccountAccess, access_if_wanted, account_routes, administration_routes
-from modelworks.assistant.kept import DatabaseKeeper
+from modelworks.assistant.kept import DatabaseStorage
 from modelworks.assistant.oidc import Provider
 from modelworks.assistant.personal import PersonalEngine
 from modelworks.assistant.store import ConversationStore
@@ -86,7 +86,7 @@ def build(
         hosts=hosts,
         access=access,
         queue=behind.queue,
-        keeper=DatabaseKeeper(access.accounts.database if access is not None else assistant.store.database),
+        storage=DatabaseStorage(access.accounts.database if access is not None else assistant.store.database),
         routers=[*behind.routers, conversation_routes(lambda request: services.of(request).assistant)],
         door=(lambda inner: SignedIn(inner, access)) if access is not None else None,
     )
