@@ -155,7 +155,8 @@ class Plain:
         else:
             shard = case.parallel.get("shard", case.processes)
             copies = case.processes // shard
-            mesh = init_device_mesh("cpu", (copies, shard) if copies > 1 else (shard,))
+            shape, names = ((copies, shard), ("copies", "shard")) if copies > 1 else ((shard,), ("shard",))
+            mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
             for block in decoder.blocks:
                 fully_shard(block, mesh=mesh, reshard_after_forward=self.zero_stage == 3)
             self.network = fully_shard(decoder, mesh=mesh, reshard_after_forward=False)
