@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,7 +177,12 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 @contextmanager
 def gateway(
-    folder: Path, users: list[str], concurrency: int, answer_s: float, waiting: int
+    folder: Path,
+    users: list[str],
+    concurrency: int,
+    answer_s: float,
+    waiting: int,
+    scopes: Sequence[str] = ("generate",),
 ) -> Iterator[tuple[str, dict[str, str], int]]:
     """A gateway with accounts before a stub engine: its address, the users' keys, its process."""
     rate = 20.0
@@ -186,8 +191,8 @@ def gateway(
     accounts, keys = Accounts(database), {}
     accounts.set_tier("load", ["models=['*']", "parallel=100000"])
     for user in users:
-        accounts.add_user(user, tier="load")
-        keys[user] = accounts.create_key(user, scopes=["generate"])[1]
+        accounts.add_user(user, tier="load", admin="admin" in scopes)
+        keys[user] = accounts.create_key(user, scopes=scopes)[1]
     database.close()
     with _process(stub) as engine:
         config = folder / "serve.toml"

@@ -719,6 +719,26 @@ def _pulled(name: str, quiet: bool = False) -> Any:
         return Store().pull(name, lambda done, total: bar.update(task, completed=done, total=total))
 
 
+@models_app.command("adapt")
+def _models_adapt(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The name that requests ask for it by.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE.gguf", help="A LoRA adapter as llama.cpp takes it.")],
+    to: Annotated[str, typer.Option("--to", metavar="MODEL", help="The stored model that it changes.")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Store a LoRA adapter of a stored model; requests choose it by its name, and the weights are in memory once.
+
+    Example: [bold]modelworks models adapt pirate pirate-lora.gguf --to smollm2-135m[/bold]
+    """
+    from modelworks.serve.store import Store
+
+    model = Store().add_adapter(name, file, to, source=f"a LoRA adapter of {to}")
+    if as_json:
+        print(json.dumps(vars(model), indent=1))
+    else:
+        console.print(f"{model.name} is here: {to} with {model.bytes:,} bytes of changes", highlight=False)
+
+
 @models_app.command("rm")
 def _models_rm(name: Annotated[str, typer.Argument(metavar="NAME")], as_json: JsonFlag = False) -> None:
     """Remove a served model and its file.

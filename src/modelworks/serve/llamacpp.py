@@ -17,9 +17,9 @@ import json
 import os
 import secrets
 from collections import Counter, OrderedDict, deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,7 @@ from modelworks.serve.engine import Activity, Endpoint, Engine, ModelCard
 from modelworks.serve.errors import RequestError
 from modelworks.serve.store import ServedModel, Store
 from modelworks.serve.toolcalls import ToolPrompt
-from modelworks.spec.errors import OperationError
+from modelworks.spec.errors import InputError, OperationError
 from modelworks.spec.gguf_header import GgufHeader, read_gguf_header
 
 try:
@@ -89,13 +89,18 @@ class EngineSettings:
 class _Loaded:
     """One model in memory."""
 
-    def __init__(self, server: Any, slots: int, size: int, tools: bool) -> None:
+    def __init__(self, server: Any, slots: int, size: int, tools: bool, adapters: Sequence[str] = ()) -> None:
         self.server = server
+        self.adapters = adapters
         self.slots = asyncio.Semaphore(slots)
         self.bytes = size
         self.tools = tools
         self.users = 0
         self.threads = ThreadPoolExecutor(slots, thread_name_prefix="llama.cpp")
+
+    def scales(self, model: str) -> list[dict[str, Any]]:
+        """How much of each adapter a request for a model has. All are named: what is not keeps the last request's."""
+        return [{"id": number, "scale": float(name == model)} for number, name in enumerate(self.adapters)]
 
 
 class _Flow:
@@ -168,7 +173,11 @@ class LlamaCppEngine(Engine):
 
     async def models(self) -> list[ModelCard]:
         """The store's models."""
-        return [self._card(model) for model in self.store.list()]
+        found = []
+        for model in self.store.list():
+            with suppress(InputError):  # an adapter whose model is gone
+                found.append(self._card(model))
+        return found
 
     async def card(self, model: str) -> ModelCard:
         """One of the store's models."""
@@ -182,9 +191,11 @@ class LlamaCppEngine(Engine):
         )
 
     def _header(self, model: ServedModel) -> GgufHeader:
-        if model.sha256 not in self._headers:
-            self._headers[model.sha256] = read_gguf_header(self.store.path(model.name), arrays=False)
-        return self._headers[model.sha256]
+        """What the model's file says, or the one's that it adapts."""
+        base = self.store.base(model)
+        if base.sha256 not in self._headers:
+            self._headers[base.sha256] = read_gguf_header(self.store.path(base.name), arrays=False)
+        return self._headers[base.sha256]
 
     async def load(self, model: str) -> None:
         """Load a model now."""
@@ -197,7 +208,7 @@ class LlamaCppEngine(Engine):
             raise RequestError("messages is empty: at least one message is needed", param="messages")
         async with self._lease(self.store.get(model)) as loaded:
             described = ToolPrompt.of(body) if endpoint == "chat" and not loaded.tools else None
-            text = _request(described.body if described else body)
+            text = _request(described.body if described else body, loaded.scales(model))
             handle = loaded.server.handle_chat_completions if endpoint == "chat" else loaded.server.handle_completions
             await self._take_slot(model, loaded)
             batches = self._run(model, loaded, handle, text)
@@ -267,12 +278,20 @@ class LlamaCppEngine(Engine):
 
     @asynccontextmanager
     async def _lease(self, model: ServedModel, embedding: bool = False) -> AsyncIterator[_Loaded]:
-        """The model in memory, which stays there as long as the lease is held."""
-        key = f"{model.sha256}{'+embedding' if embedding else ''}"
+        """The model in memory, which stays there as long as the lease is held. Its adapters are there with it."""
+        if embedding and model.adapts is not None:
+            raise RequestError(
+                f"{model.name} is an adapter, and adapters don't embed: {model.adapts} does",
+                code="embeddings_not_supported",
+                param="model",
+            )
+        base = self.store.base(model)
+        adapters = [] if embedding else self.store.adapters(base)
+        key = "+".join([base.sha256, *(one.sha256 for one in adapters), *(["embedding"] if embedding else [])])
         while key not in self._loaded:
             async with self._loading:
                 if key not in self._loaded:
-                    await self._load(key, model, embedding)
+                    await self._load(key, base, adapters, embedding)
         loaded = self._loaded[key]
         self._loaded.move_to_end(key)
         loaded.users += 1
@@ -282,20 +301,26 @@ class LlamaCppEngine(Engine):
             loaded.users -= 1
             self._idle.set()
 
-    async def _load(self, key: str, model: ServedModel, embedding: bool) -> None:
+    async def _load(self, key: str, model: ServedModel, adapters: list[ServedModel], embedding: bool) -> None:
         path = self.store.path(model.name)
         header = await asyncio.to_thread(read_gguf_header, path, arrays=False)
         context, slots = min(self.settings.context, header.context), self.settings.slots
         if embedding:
             context, slots = min(_EMBEDDING_CONTEXT, header.context), 1
-        size = header.bytes + context * slots * header.kv_bytes_per_token
+        size = header.bytes + context * slots * header.kv_bytes_per_token + sum(one.bytes for one in adapters)
         await self._make_room(size)
         parameters = _parameters(model.name, str(path), slots, context, self.settings.thread_count, embedding)
+        parameters.lora_adapters = [
+            xllamacpp.CommonAdapterLoraInfo(str(self.store.path(one.name)), 0.0) for one in adapters
+        ]
+        parameters.lora_init_without_apply = True
         try:
             server = await asyncio.to_thread(xllamacpp.Server, parameters)
         except (RuntimeError, ValueError) as error:
             raise OperationError(f"llama.cpp cannot load the model {model.name} from {path}: {error}") from None
-        self._loaded[key] = _Loaded(server, slots, size, "tools" in header.chat_template)
+        self._loaded[key] = _Loaded(
+            server, slots, size, "tools" in header.chat_template, [one.name for one in adapters]
+        )
 
     async def _make_room(self, size: int) -> None:
         """Unload idle models, the longest unused first, until there is room or nothing is left to unload."""
@@ -339,7 +364,7 @@ def _call(handle: Callable[..., Any], text: str, flow: _Flow) -> None:
         raise RequestError(f"the request was not understood: {error}") from None
 
 
-def _request(body: dict[str, Any]) -> str:
+def _request(body: dict[str, Any], adapters: list[dict[str, Any]]) -> str:
     """An OpenAI request as llama.cpp takes it; only known fields are passed on."""
     request = {key: value for key, value in body.items() if key in _PASSED_ON and value is not None}
     if body.get("max_completion_tokens") is not None:
@@ -347,6 +372,8 @@ def _request(body: dict[str, Any]) -> str:
     if "seed" in request:
         request["seed"] = request["seed"] % _RANDOM_SEED
         request.setdefault("cache_prompt", False)  # the batches that the prompt was read in change the last bits
+    if adapters:
+        request["lora"] = adapters
     request |= {"stream": True, "return_progress": True, "stream_options": {"include_usage": True}}
     return json.dumps(request)
 

@@ -17,14 +17,15 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
 from modelworks.serve.errors import UnknownModelError
 from modelworks.spec.errors import InputError, OperationError
-from modelworks.spec.gguf_header import read_gguf_header
+from modelworks.spec.gguf_header import GgufHeader, read_gguf_header
 from modelworks.spec.home import models_folder
 
 Progress = Callable[[int, int], None]
@@ -47,6 +48,10 @@ class ServedModel:
     license: str
     created: int
     """Unix time at which it was stored."""
+    adapts: str | None = None
+    """Of a LoRA adapter: the stored model that it changes."""
+    adapts_sha256: str | None = None
+    """That model's checksum; after it has been replaced, the adapter doesn't fit."""
 
 
 class Store:
@@ -103,12 +108,63 @@ class Store:
         """
         check_name(name)
         header = read_gguf_header(gguf_path, arrays=False)
+        if header.kind == "adapter":
+            raise InputError(f"{gguf_path} is an adapter: modelworks models adapt NAME {gguf_path.name} --to MODEL")
+        return self._add(name, gguf_path, source=source, license=license, context=context or header.context)
+
+    def add_adapter(
+        self,
+        name: str,
+        gguf_path: Path,
+        base: str,
+        *,
+        source: str,
+        license: str = "unknown",  # noqa: A002
+    ) -> ServedModel:
+        """Store a LoRA adapter of a stored model, to be asked for by a name of its own.
+
+        Raises
+        ------
+        InputError
+            If the name can't be a folder's or is the model's own, there is no such model, or the file is not an adapter
+            that fits it.
+        OperationError
+            If it can't be written.
+        """
+        check_name(name)
+        model = self.get(base)
+        if model.adapts is not None or name == base:
+            raise InputError(f"{base!r} is not a model that {name!r} could adapt: another stored model is accepted")
+        check_adapter(read_gguf_header(gguf_path, arrays=False), read_gguf_header(self.path(base), arrays=False))
+        fits = {"adapts": base, "adapts_sha256": model.sha256}
+        return self._add(name, gguf_path, source=source, license=license, context=model.context, **fits)
+
+    def adapters(self, base: ServedModel) -> builtins.list[ServedModel]:
+        """The adapters that fit a model as it is now."""
+        return [one for one in self.list() if one.adapts == base.name and one.adapts_sha256 == base.sha256]
+
+    def base(self, model: ServedModel) -> ServedModel:
+        """The model whose weights answer: of an adapter the one that it changes, else itself.
+
+        Raises
+        ------
+        InputError
+            If that is gone or was replaced.
+        """
+        if model.adapts is None:
+            return model
+        base = self._read(self.folder / model.adapts)
+        if base is None or base.sha256 != model.adapts_sha256:
+            what = "is gone" if base is None else "was replaced"
+            raise InputError(f"the model {model.adapts} that {model.name} adapts {what}: remove {model.name}")
+        return base
+
+    def _add(self, name: str, gguf_path: Path, **about: Any) -> ServedModel:
         with self._writing(), self._new_folder(name) as folder:
             file = folder / f"{name}.gguf"
             link_or_copy(gguf_path, file)
-            model = ServedModel(
-                name, source, sha256(file), header.bytes, context or header.context, license, int(time.time())
-            )
+            size, now = file.stat().st_size, int(time.time())
+            model = ServedModel(name=name, sha256=sha256(file), bytes=size, created=now, **about)
             (folder / "model.json").write_text(json.dumps(asdict(model), indent=2) + "\n")
             self._commit(folder, name)
         return model
@@ -136,7 +192,13 @@ class Store:
     def _read(self, folder: Path) -> ServedModel | None:
         try:
             content = json.loads((folder / "model.json").read_text())
-            model = ServedModel(**{field.name: content[field.name] for field in fields(ServedModel)})
+            needed = {field.name for field in fields(ServedModel) if field.default is MISSING}
+            known = {
+                field.name: content[field.name]
+                for field in fields(ServedModel)
+                if field.name in needed | content.keys()
+            }
+            model = ServedModel(**known)
             whole = (folder / f"{model.name}.gguf").stat().st_size == model.bytes and model.name == folder.name
         except (OSError, ValueError, KeyError, TypeError):
             return None
@@ -189,6 +251,30 @@ def check_name(name: str) -> None:
         raise InputError(
             f"a model can't be named {name!r}: up to 64 letters, digits, dots, dashes and underscores are accepted"
         )
+
+
+def check_adapter(adapter: GgufHeader, base: GgufHeader) -> None:
+    """Raise `InputError` unless a LoRA adapter has a pair of matrices for tensors of the model, and nothing else."""
+    if adapter.kind != "adapter" or adapter.metadata.get("adapter.type") != "lora":
+        raise InputError(f"{adapter.path} is not a LoRA adapter: its general.type is {adapter.kind!r}")
+    if adapter.architecture != base.architecture:
+        made_for = f"{adapter.architecture!r} and not {base.architecture!r}"
+        raise InputError(f"{adapter.path} does not fit: it was made for the architecture {made_for}")
+    for name, tensor in adapter.tensors.items():
+        changed, _, side = name.rpartition(".")
+        pair = [adapter.tensors.get(f"{changed}.lora_{other}") for other in "ab"]
+        there = base.tensors.get(changed)
+        if side not in {"lora_a", "lora_b"} or there is None or None in pair:
+            raise InputError(f"{adapter.path} does not fit: the model has no matrix that {name[:80]} could change")
+        down, up = (each.shape for each in pair if each is not None)
+        if (
+            len(there.shape) == 2
+            and changed != "token_embd.weight"
+            and (up[0], down[-1], up[-1]) != (*there.shape, down[0])
+        ):
+            raise InputError(
+                f"{adapter.path} does not fit: {name} is {tensor.shape} for a matrix of {there.shape} in the model"
+            )
 
 
 def link_or_copy(source: Path, target: Path) -> None:

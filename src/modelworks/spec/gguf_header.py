@@ -60,6 +60,11 @@ class GgufHeader:
         return str(self.metadata.get("general.architecture", ""))
 
     @property
+    def kind(self) -> str:
+        """What the file holds: ``model``, or ``adapter`` for the changes of a fine-tune."""
+        return str(self.metadata.get("general.type", "model"))
+
+    @property
     def parameters(self) -> int:
         """Elements of all tensors."""
         return sum(prod(tensor.shape) for tensor in self.tensors.values())
