@@ -245,23 +245,31 @@ def _tiers_rm(
 def usage(
     user: Annotated[str | None, typer.Argument(metavar="USER", help="Whose; left out, everyone's.")] = None,
     days: Annotated[float, typer.Option(min=0.001, help="Of so many days until now.")] = 30.0,
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The gateway's configuration, whose prices make the cost.")
+    ] = None,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV for spreadsheets, with a line of names.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Show what was used of which model, by user: requests and tokens.
+    """Show what was used of which model, by user: requests, tokens, and with a configuration what they cost.
 
     Example: [bold]modelworks usage --days 7 --csv > usage.csv[/bold]
     """
-    from modelworks.assistant.ledger import USAGE_COLUMNS, Ledger
+    from modelworks.assistant.ledger import USAGE_COLUMNS, Ledger, priced
+    from modelworks.serve.config import load_config, prices_of
 
     if as_csv and as_json:
         raise InputError("--csv with --json is not accepted: one of them is")
+    prices = prices_of(load_config(config)) if config is not None else None
     with _accounts() as accounts:
         if user is not None:
             accounts.user(user)
         rows = Ledger(accounts.database).usage(days, user)
+    if prices is not None:
+        rows = priced(rows, prices)
     if as_csv:
-        written = csv.DictWriter(sys.stdout, USAGE_COLUMNS, lineterminator="\n")
+        columns = [*USAGE_COLUMNS, *(["cost"] if prices is not None else [])]
+        written = csv.DictWriter(sys.stdout, columns, lineterminator="\n")
         written.writeheader()
         written.writerows(rows)
     else:

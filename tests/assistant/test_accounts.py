@@ -16,10 +16,11 @@ from sqlalchemy import inspect
 from modelworks.assistant import passwords
 from modelworks.assistant.accounts import Accounts
 from modelworks.assistant.database import Database, default_database, migrate
-from modelworks.assistant.ledger import Ledger
+from modelworks.assistant.ledger import Ledger, priced
 from modelworks.assistant.passwords import LONGEST_WAIT_S, Lockout, network
 from modelworks.assistant.store import ConversationStore
 from modelworks.serve.access import Outcome, Principal, Wanted
+from modelworks.serve.config import PriceConfig
 from modelworks.serve.errors import RequestError
 from modelworks.spec.errors import InputError
 
@@ -354,6 +355,9 @@ def test_usage_is_added_up_by_user_team_and_model(accounts: Accounts, database: 
     expected = {"user": "alice", "team": "research", "model": "stub", "requests": 3, "failed": 1}
     expected |= {"prompt_tokens": 9, "cached_tokens": 3, "completion_tokens": 12}
     assert ledger.usage() == [expected]
+    prices = {"stub": PriceConfig(read=2e6, cached=5e5, written=1e7), "other": PriceConfig(read=1.0)}
+    assert priced(ledger.usage(), prices) == [expected | {"cost": 6 * 2.0 + 3 * 0.5 + 12 * 10.0}]
+    assert priced(ledger.usage(), {})[0]["cost"] is None
     clock.now += 31 * 86400
     assert ledger.usage() == []
 

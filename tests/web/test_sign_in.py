@@ -17,7 +17,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "serve"))
 sys.path.insert(0, str(Path(__file__).parent))
-from gateways import Stub, plain_client
+from gateways import HELLO, Stub, plain_client
 from started import address_of
 
 from modelworks.assistant.accounts import Accounts
@@ -42,7 +42,9 @@ class Place:
         self.accounts.add_user("root", admin=True, password=PASSWORD, tier="premium+")
         self.accounts.add_user("alice", password=PASSWORD, tier="premium+")
         self.accounts.add_user("bob", password=PASSWORD, tier="small")
-        (home / "serve.toml").write_text(f'[engines.a]\nurl = "{stub.url}"\n')
+        (home / "serve.toml").write_text(
+            f'[engines.a]\nurl = "{stub.url}"\n[models.stub]\nprice = {{ read = 2.0, written = 1e6 }}\n'
+        )
         environment = {**os.environ, "MODELWORKS_HOME": str(home), "OMP_NUM_THREADS": "1"}
         environment.pop("MODELWORKS_DATABASE", None)
         command = [sys.executable, "-m", "modelworks", "up", "--host", "0.0.0.0", "--port", "0", "--no-run"]
@@ -281,6 +283,13 @@ def test_an_administrator_adds_a_user_revokes_a_key_and_finds_both_in_the_audit_
     page.get_by_role("dialog").get_by_role("button", name="Revoke").click()
     page.locator("tr", has_text=key.prefix).get_by_text("was revoked").wait_for()
     assert httpx.get(f"{place.url}/v1/models", headers={"Authorization": f"Bearer {whole}"}).status_code == 401
+    asked = {"model": "stub", "messages": HELLO, "max_tokens": 3}
+    key_of_root = {"Authorization": f"Bearer {place.accounts.create_key('root')[1]}"}
+    httpx.post(f"{place.url}/v1/chat/completions", headers=key_of_root, json=asked).raise_for_status()
+    page.get_by_role("tab", name="Models").click()
+    page.locator("tr", has_text="$2.00").get_by_text("$1,000,000.00").wait_for()
+    page.get_by_role("tab", name="Usage").click()
+    page.locator("tr", has_text="root").get_by_text("$3.00").wait_for()
     page.get_by_role("tab", name="Engines").click()
     page.locator("tr", has_text="a").get_by_text("well").wait_for()
     page.get_by_role("tab", name="Audit log").click()

@@ -18,10 +18,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from modelworks.assistant.accounts import Accounts, Key
 from modelworks.assistant.database import Database, default_database
-from modelworks.assistant.ledger import BEAT_S, Ledger
+from modelworks.assistant.ledger import BEAT_S, Ledger, priced
 from modelworks.assistant.retention import keep
 from modelworks.serve.access import SCOPES, Grant, Outcome, Principal, Wanted, address_of, principal_of
-from modelworks.serve.config import load_config, oidc_of
+from modelworks.serve.config import PriceConfig, load_config, oidc_of, prices_of
 from modelworks.serve.errors import RequestError, UnavailableError
 from modelworks.spec.errors import InputError, OperationError
 
@@ -81,6 +81,18 @@ class AccountAccess:
         """Whose key it is now."""
         principal: Principal = await _in_thread(self.accounts.still, key_id)
         return principal
+
+    def usage(self, days: float, user_id: str | None = None) -> list[dict[str, Any]]:
+        """What was used, with its cost at the configuration's prices."""
+        return priced(self.ledger.usage(days, user_id=user_id), self.prices())
+
+    def prices(self) -> dict[str, PriceConfig]:
+        """What models cost, as the configuration says now; nothing while it can't be used, as the log says."""
+        try:
+            return prices_of(load_config(self._config_file)) if self._config_file is not None else {}
+        except InputError as error:
+            _LOG.error("there are no prices: %s", error)
+            return {}
 
     async def admit(self, principal: Principal, wanted: Wanted) -> Grant:
         """Set aside what a request may use."""
@@ -163,7 +175,7 @@ def account_routes(access: AccountAccess) -> APIRouter:
     @routes.get("/usage")
     async def usage(request: Request, days: float = 30.0) -> dict[str, Any]:
         """What was used, by model."""
-        return {"data": await _asked(access.ledger.usage, days, None, _who(request).user_id)}
+        return {"data": await _asked(access.usage, days, _who(request).user_id)}
 
     @routes.get("/keys")
     async def keys(request: Request) -> dict[str, Any]:
@@ -223,7 +235,7 @@ def administration_routes(access: AccountAccess) -> APIRouter:
     @routes.get("/usage")
     async def usage(days: float = 30.0) -> dict[str, Any]:
         """What was used, by user and model."""
-        return {"data": await _asked(access.ledger.usage, days)}
+        return {"data": await _asked(access.usage, days)}
 
     @routes.get("/audit")
     async def audit() -> dict[str, Any]:

@@ -9,7 +9,7 @@ which of its requests still run.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from sqlalchemy import BigInteger, case, cast, delete, func, select, update
@@ -19,6 +19,7 @@ from modelworks.assistant.database import Database
 from modelworks.assistant.tables import ConversationRow, TeamRow, UsageRow, UserRow
 from modelworks.assistant.tiers import tiers
 from modelworks.serve.access import Grant, Outcome, Principal, Tier, Wanted
+from modelworks.serve.config import PriceConfig
 from modelworks.serve.errors import RequestError
 from modelworks.spec.errors import InputError
 
@@ -201,6 +202,16 @@ class Ledger:
             query = query.where(UserRow.id == user_id)
         with self._database.read() as session:
             return [dict(zip(USAGE_COLUMNS, row, strict=True)) for row in session.execute(query)]
+
+
+def priced(rows: list[dict[str, Any]], prices: Mapping[str, PriceConfig]) -> list[dict[str, Any]]:
+    """Rows of `Ledger.usage` with their `cost` in US dollars, at today's prices; None where a model has none."""
+    found = []
+    for row in rows:
+        price = prices.get(row["model"])
+        tokens = (int(row[name] or 0) for name in ("prompt_tokens", "cached_tokens", "completion_tokens"))
+        found.append(row | {"cost": round(price.cost(*tokens), 6) if price is not None else None})
+    return found
 
 
 def used_by_day(database: Database, days: int, now: float) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@
     embedded = true                         # llama.cpp in this process, over the stored models
 
     [models.grok]                           # a name of your own
+    price = { read = 3.0, written = 15.0 }  # dollars per million tokens, for those who look at what was used
     on = { gpu-1 = "xai-org/grok-2" }       # engine = the model's name there
     fallback = ["grok-4", "smollm2-135m"]   # asked in this order when no engine of it begins to answer
 
@@ -104,6 +105,22 @@ class EngineConfig(Section):
         return key
 
 
+class PriceConfig(Section):
+    """What a model's tokens cost, in US dollars per million."""
+
+    read: Annotated[float, Field(ge=0)] = 0.0
+    """Of a prompt."""
+    cached: Annotated[float, Field(ge=0)] | None = None
+    """Of a prompt's part that the engine still had; left out, as of any other."""
+    written: Annotated[float, Field(ge=0)] = 0.0
+    """Of an answer."""
+
+    def cost(self, read: int, cached: int, written: int) -> float:
+        """Dollars for so many tokens; `cached` ones are among those that were `read`."""
+        kept = self.read if self.cached is None else self.cached
+        return ((read - cached) * self.read + cached * kept + written * self.written) / 1e6
+
+
 class ModelConfig(Section):
     """One model by a name of the operator's own, or more about a model that an engine lists."""
 
@@ -117,6 +134,8 @@ class ModelConfig(Section):
     """Whether its messages may hold images."""
     search: bool = False
     """Whether its engines know xAI's `search_parameters`, and look for what is new."""
+    price: PriceConfig | None = None
+    """What it costs; usage is shown with it."""
 
 
 class QueueConfig(Section):
@@ -246,6 +265,11 @@ class ServeConfig(Section):
         if sum(engine.embedded for engine in self.engines.values()) > 1:
             raise ValueError("engines: one with embedded = true is accepted")
         return self
+
+
+def prices_of(config: ServeConfig) -> dict[str, PriceConfig]:
+    """The models that have a price."""
+    return {name: model.price for name, model in config.models.items() if model.price is not None}
 
 
 def _listed(names: dict[str, EngineConfig]) -> str:

@@ -1,4 +1,4 @@
-"""The administrator's page: users, keys, tiers, what is used, the engines, and what was done.
+"""The administrator's page: users, keys, tiers, what is used, the models and engines, and what was done.
 
 Every change is made by `assistant.accounts` in the administrator's name, after another look at whether it still is one.
 """
@@ -26,7 +26,7 @@ from modelworks.web.services import Services
 
 DAYS = 30
 LOOK_S = 5.0
-_SECTIONS = ("Users", "Keys", "Tiers", "Usage", "Engines", "Audit log")
+_SECTIONS = ("Users", "Keys", "Tiers", "Usage", "Models", "Engines", "Audit log")
 _MOST = 7
 """Users with a colour of their own in the chart; the others are one."""
 _INK, _LINE = "#8a8c93", "rgba(128,128,128,.18)"
@@ -58,6 +58,7 @@ class Administration:
             "Keys": self._keys,
             "Tiers": self._tiers,
             "Usage": self._usage,
+            "Models": self._models,
             "Engines": self._engines,
             "Audit log": self._audit,
         }
@@ -150,7 +151,9 @@ class Administration:
             with ui.element("div").classes("row-line").style("justify-content:flex-end;width:100%"):
                 ui.button("Cancel", on_click=dialog.close).props("flat no-caps color=grey")
                 ui.button("Add", on_click=lambda: dialog.submit(True)).props("unelevated no-caps")
-        if await dialog:
+        wanted = await dialog
+        dialog.delete()  # first: what is drawn again takes its dialogs with it
+        if wanted:
             await self._do(
                 self._accounts.add_user,
                 name.value.strip(),
@@ -160,7 +163,6 @@ class Administration:
                 admin=bool(admin.value),
                 redraw=["Users"],
             )
-        dialog.delete()
 
     async def _remove_user(self, user: User) -> None:
         note = "All keys, conversations and the record of what was used are removed for good."
@@ -220,27 +222,49 @@ class Administration:
             with ui.element("div").classes("row-line").style("justify-content:flex-end;width:100%"):
                 ui.button("Cancel", on_click=dialog.close).props("flat no-caps color=grey")
                 ui.button("Set", on_click=lambda: dialog.submit(True)).props("unelevated no-caps")
-        if await dialog:
+        wanted = await dialog
+        dialog.delete()
+        if wanted:
             lines = [line.strip() for line in (limits.value or "").splitlines() if line.strip()]
             await self._do(self._accounts.set_tier, name.value.strip(), lines, redraw=["Tiers", "Users"])
-        dialog.delete()
 
     # --- usage
 
     async def _usage(self) -> None:
-        rows = await asyncio.to_thread(self._access.ledger.usage, float(DAYS))
+        rows = await asyncio.to_thread(self._access.usage, float(DAYS))
         by_day = await asyncio.to_thread(used_by_day, self._accounts.database, DAYS, time.time())
-        ui.label(f"Tokens of each day (UTC), read and written, of the last {DAYS}").classes("muted")
+        costs = [row["cost"] for row in rows if row["cost"] is not None]
+        sum_of = f"; ${sum(costs):,.2f} in all, at today's prices" if costs else ""
+        ui.label(f"Tokens of each day (UTC), read and written, of the last {DAYS}{sum_of}").classes("muted")
         ui.echart(usage_chart(by_day, int(time.time() // DAY_S), DAYS)).classes("chart panel").style("height:280px")
-        with _table("User", "Team", "Model", ">Requests", ">Failed", ">Tokens read", ">From cache", ">Tokens written"):
+        heads = ("User", "Team", "Model", ">Requests", ">Failed", ">Tokens read", ">From cache", ">Tokens written")
+        with _table(*heads, *([">Cost"] if costs else [])):
             for row in rows:
                 with ui.element("tr"):
                     for name in ("user", "team", "model"):
                         _cell(row[name] or "")
                     for name in ("requests", "failed", "prompt_tokens", "cached_tokens", "completion_tokens"):
                         _cell(f"{int(row[name] or 0):,}", "number")
+                    if costs:
+                        _cell(f"${row['cost']:,.2f}" if row["cost"] is not None else "", "number")
         if not rows:
             ui.label("Nothing was used yet.").classes("muted")
+
+    # --- models
+
+    async def _models(self) -> None:
+        prices = await asyncio.to_thread(self._access.prices)
+        ui.label("What is served, where it comes from, and what a million tokens cost").classes("muted")
+        with _table("Model", "Source", "License", ">Context", ">Read", ">Written"):
+            for card in sorted(await self._services.engine.models(), key=lambda card: card.name):
+                price = prices.get(card.name)
+                with ui.element("tr"):
+                    _cell(card.name, "named")
+                    _cell(card.source)
+                    _cell(card.license)
+                    _cell(f"{card.context:,}", "number")
+                    _cell(f"${price.read:,.2f}" if price else "", "number")
+                    _cell(f"${price.written:,.2f}" if price else "", "number")
 
     # --- engines
 
