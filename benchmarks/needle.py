@@ -28,14 +28,17 @@ from modelworks.evaluate.tasks import KEYS, NEEDLE, number
 BYTES_PER_TOKEN = 2.7
 """Of this text with a vocabulary of 1,024: how distances in tokens become distances in characters."""
 TEXTS = {
-    "short": (0, 1.0, 3_000_000),
-    "512": (512, 0.8, 1_000_000),
-    "2048": (2048, 0.6, 3_000_000),
-    "4096": (4096, 0.5, 1_000_000),
-    "8192": (8192, 0.4, 1_200_000),
-    "16384": (16384, 0.3, 1_500_000),
+    "short": (0, 1.0, 3_000_000, 2.0),
+    "512": (512, 0.8, 1_000_000, 2.0),
+    "2048": (2048, 0.6, 3_000_000, 2.0),
+    "4096": (4096, 0.5, 1_000_000, 2.0),
+    "8192": (8192, 0.4, 1_200_000, 2.0),
+    "16384": (17_500, 0.4, 1_500_000, 0.5),
 }
-"""Of each text: how far back is asked (0: `short_document`), which share of lines tells or asks, how many tokens."""
+"""Of each text: how far back is asked at most (0: `short_document`), which share of lines tells or asks, how many tokens,
+and how distances are spread: a number drawn evenly from 0 to 1 to this power, so that with 2 short ones lie closer
+together and with 0.5 long ones. The last stage needs the long ones: of what is asked a whole sequence back, most was told
+before the sequence began."""
 VOCAB = 1024
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
 
@@ -81,16 +84,15 @@ def write_texts(folder: Path) -> None:
     """Write the text of each stage, and a tokenizer trained on one of them.
 
     A question is a line that stood before, so that its number can be foretold; each is asked once. How far back it
-    stands is drawn from a scale on which short distances lie closer together.
+    stands is drawn as `TEXTS` says.
     """
     folder.mkdir(parents=True, exist_ok=True)
     files = held_out(False)
-    for name, (reach, density, tokens) in TEXTS.items():
+    for name, (reach, density, tokens, power) in TEXTS.items():
         chance, texts, written = random.Random(name), [], 0
         while written < tokens * BYTES_PER_TOKEN:
-            texts.append(
-                document(chance, files, int(reach * BYTES_PER_TOKEN), density) if reach else short_document(chance)
-            )
+            far = int(reach * BYTES_PER_TOKEN)
+            texts.append(document(chance, files, far, density, power) if reach else short_document(chance))
             written += len(texts[-1])
         with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as out:
             out.writelines(json.dumps({"text": text}) + "\n" for text in texts)
@@ -116,7 +118,7 @@ def short_document(chance: random.Random) -> str:
     return "".join(told + asked)
 
 
-def document(chance: random.Random, files: tuple[tuple[str, ...], ...], reach: int, density: float) -> str:
+def document(chance: random.Random, files: tuple[tuple[str, ...], ...], reach: int, density: float, power: float) -> str:
     """One document, several times as long as questions reach back (in characters)."""
     lines: list[str] = []
     told: list[tuple[int, str]] = []
@@ -129,7 +131,7 @@ def document(chance: random.Random, files: tuple[tuple[str, ...], ...], reach: i
             told = [entry for entry in told if place - entry[0] <= reach]
             free = [key for key in KEYS if place - last.get(key, -reach) >= reach]
             if told and (not free or chance.random() < 0.5):
-                back = reach * chance.random() ** 2
+                back = reach * chance.random() ** power
                 entry = min(told, key=lambda entry: abs(place - back - entry[0]))
                 told.remove(entry)
                 line = entry[1]
