@@ -118,7 +118,9 @@ def short_document(chance: random.Random) -> str:
     return "".join(told + asked)
 
 
-def document(chance: random.Random, files: tuple[tuple[str, ...], ...], reach: int, density: float, power: float) -> str:
+def document(
+    chance: random.Random, files: tuple[tuple[str, ...], ...], reach: int, density: float, power: float
+) -> str:
     """One document, several times as long as questions reach back (in characters)."""
     lines: list[str] = []
     told: list[tuple[int, str]] = []
