@@ -35,10 +35,10 @@ TEXTS = {
     "8192": (8192, 0.4, 1_200_000, 2.0),
     "16384": (17_500, 0.4, 1_500_000, 0.5),
 }
-"""Of each text: how far back is asked at most (0: `short_document`), which share of lines tells or asks, how many tokens,
-and how distances are spread: a number drawn evenly from 0 to 1 to this power, so that with 2 short ones lie closer
-together and with 0.5 long ones. The last stage needs the long ones: of what is asked a whole sequence back, most was told
-before the sequence began."""
+"""Of each text: how far back is asked at most (0: `short_document`), which share of lines tells or asks, how many
+tokens, and how distances are spread: a number drawn evenly from 0 to 1 to this power, so that with 2 short ones lie
+closer together and with 0.5 long ones. The last stage needs the long ones: of what is asked a whole sequence back, most
+was told before the sequence began."""
 VOCAB = 1024
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
 
