@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -160,14 +161,19 @@ def test_files_hold_no_more_than_the_tier_has(gateway: Gateway) -> None:
 class Storages:
     """Two processes' view of one database, whose clock the test turns."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, where: Path | str) -> None:
         self.now = 1_000_000.0
-        self.one, self.two = (DatabaseStorage(Database(folder / "kept.db"), lambda: self.now) for _ in range(2))
+        self.databases = [Database(where) for _ in range(2)]
+        self.one, self.two = (DatabaseStorage(database, lambda: self.now) for database in self.databases)
 
 
-@pytest.fixture
-def storages(tmp_path: Path) -> Storages:
-    return Storages(tmp_path)
+@pytest.fixture(params=["sqlite", "postgresql"])
+def storages(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Storages]:
+    shared = request.param == "postgresql"
+    storages = Storages(request.getfixturevalue("shared_database") if shared else tmp_path / "kept.db")
+    yield storages
+    for database in storages.databases:
+        database.close()
 
 
 def batch_of(storages: Storages, name: str = "batch_1") -> Batch:

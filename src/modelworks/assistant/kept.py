@@ -25,6 +25,10 @@ ENDED = ("completed", "failed", "expired", "cancelled")
 """States that a batch stays in."""
 
 
+_SHOWN = (FileRow.id, FileRow.name, FileRow.purpose, FileRow.size, FileRow.created, FileRow.expires)
+"""Of a file, all but what is in it."""
+
+
 class DatabaseStorage:
     """`serve.storage.Storage` over the database, which is opened when it is first needed.
 
@@ -120,16 +124,14 @@ class DatabaseStorage:
             content=content,
         )
         session.add(row)
-        session.flush()
-        return _file(row)
+        return StoredFile(row.id, row.name, row.purpose, row.size, row.created, row.expires)
 
     def files(
         self, owner: str | None, *, purpose: str | None, after: str | None, limit: int, order: Order
     ) -> list[StoredFile]:
         """An owner's files by age, behind the one that is named."""
-        columns = (FileRow.id, FileRow.name, FileRow.purpose, FileRow.size, FileRow.created, FileRow.expires)
         with self._opened().read() as session:
-            query = _page(session, select(*columns).where(*self._files(owner)), FileRow, after, limit, order)
+            query = _page(session, select(*_SHOWN).where(*self._files(owner)), FileRow, after, limit, order)
             if purpose is not None:
                 query = query.where(FileRow.purpose == purpose)
             return [StoredFile(*row) for row in session.execute(query)]
@@ -137,8 +139,8 @@ class DatabaseStorage:
     def file(self, owner: str | None, file_id: str) -> StoredFile | None:
         """One of them."""
         with self._opened().read() as session:
-            row = session.scalar(select(FileRow).where(FileRow.id == file_id, *self._files(owner)))
-            return _file(row) if row is not None else None
+            row = session.execute(select(*_SHOWN).where(FileRow.id == file_id, *self._files(owner))).one_or_none()
+            return StoredFile(*row) if row is not None else None
 
     def content(self, owner: str | None, file_id: str) -> bytes | None:
         """What is in it."""
@@ -295,10 +297,6 @@ def _page(session: Session, query: Any, table: Any, after: str | None, limit: in
 def _changed(session: Session, statement: Any) -> bool:
     found: Any = session.execute(statement)
     return bool(found.rowcount)
-
-
-def _file(row: FileRow) -> StoredFile:
-    return StoredFile(row.id, row.name, row.purpose, row.size, row.created, row.expires)
 
 
 def _batch(row: BatchRow) -> Batch:
