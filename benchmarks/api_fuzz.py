@@ -65,7 +65,9 @@ def _round(folder: Path, address: str, key: str, seed: int, examples: int) -> li
         "--continue-on-failure",
         "--no-color",
     ]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    ended = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=folder
+    )  # where it leaves its cache
     if not report.exists():
         raise SystemExit(f"Schemathesis has failed:\n{ended.stdout[-2000:]}{ended.stderr[-2000:]}")
     return [call for line in report.open(encoding="utf-8") for call in _calls(json.loads(line))]

@@ -15,16 +15,12 @@ from sqlalchemy.orm import Session
 from modelworks.assistant.database import Database, default_database
 from modelworks.assistant.tables import BatchRow, FileRow, ResponseRow, ResultRow
 from modelworks.serve.errors import RequestError
-from modelworks.serve.storage import LASTS_S, Batch, Kept, Order, Result, StoredFile
+from modelworks.serve.storage import ENDED, LASTS_S, Batch, Kept, Order, Result, StoredFile
 
 DEAD_S = 30.0
 """A worker that has not said for so long that it is at a batch has lost it."""
 _LARGEST = 16 << 20
 """Characters of one response with all that it was made of; a larger one isn't kept."""
-ENDED = ("completed", "failed", "expired", "cancelled")
-"""States that a batch stays in."""
-
-
 _SHOWN = (FileRow.id, FileRow.name, FileRow.purpose, FileRow.size, FileRow.created, FileRow.expires)
 """Of a file, all but what is in it."""
 

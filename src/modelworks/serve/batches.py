@@ -29,7 +29,7 @@ from modelworks.serve.access import Access, owner_of, principal_of, scope_of
 from modelworks.serve.errors import RequestError, error_body
 from modelworks.serve.files import listed, no_file
 from modelworks.serve.requests import Fields, parse, read_body
-from modelworks.serve.storage import Batch, Line, Result, Storage
+from modelworks.serve.storage import ENDED, Batch, Line, Result, Storage
 from modelworks.spec.errors import InputError, OperationError
 
 _LOG = logging.getLogger("modelworks.batches")
@@ -138,7 +138,7 @@ def batch_routes(storage: Storage, worker: BatchWorker) -> APIRouter:
 
 def described(batch: Batch) -> dict[str, Any]:
     """A batch in OpenAI's shape."""
-    ended = {state: batch.ended if batch.state == state else None for state in _ENDS}
+    ended = {state: batch.ended if batch.state == state else None for state in ENDED}
     times = {
         "created_at": batch.created,
         "in_progress_at": batch.begun,
@@ -159,9 +159,6 @@ def described(batch: Batch) -> dict[str, Any]:
         "request_counts": {"total": batch.total, "completed": batch.completed, "failed": batch.failed},
         "metadata": batch.metadata,
     } | {name: int(at) if at is not None else None for name, at in times.items()}
-
-
-_ENDS = ("completed", "failed", "expired", "cancelled")
 
 
 class BatchWorker:

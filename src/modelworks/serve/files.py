@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException
-from starlette.requests import Request as PlainRequest
 from starlette.types import Message, Receive
 
 from modelworks.serve.access import owner_of, principal_of
@@ -78,12 +77,11 @@ def file_routes(storage: Storage, largest: int = LARGEST) -> APIRouter:
         purpose: str | None = None,
         after: str | None = None,
         limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
-        order: Literal["asc", "desc"] = "desc",
+        order: Order = "desc",
     ) -> dict[str, Any]:
         """The files, by age."""
-        ways: Order = order
         found = await asyncio.to_thread(
-            storage.files, owner_of(request), purpose=purpose, after=after, limit=limit + 1, order=ways
+            storage.files, owner_of(request), purpose=purpose, after=after, limit=limit + 1, order=order
         )
         return listed([described(one) for one in found], limit)
 
@@ -142,7 +140,7 @@ def no_file(file_id: str) -> RequestError:
 
 async def _form(request: Request, largest: int) -> dict[str, Any]:
     """The form's fields; nothing is read beyond the limit."""
-    limited = PlainRequest(request.scope, _limited(request.receive, largest + (64 << 10), largest))
+    limited = Request(request.scope, _limited(request.receive, largest + (64 << 10), largest))
     try:
         return dict(await limited.form(max_files=1, max_fields=8))
     except MultiPartException as error:

@@ -13,6 +13,8 @@ from typing import Any, Literal, Protocol
 LASTS_S = 30 * 86400.0
 """How long a response, a file without a time of its own and an ended batch are kept."""
 
+ENDED = ("completed", "failed", "expired", "cancelled")
+"""States that a batch stays in."""
 Order = Literal["asc", "desc"]
 
 
