@@ -10,9 +10,18 @@ from pathlib import Path
 import pytest
 
 from modelworks.data import PackedDataset, prepare
+from modelworks.data.tokenizer import train_tokenizer
 from modelworks.spec import DataSpec
 
 VOCAB = 300
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Path:
+    """A small one with the marks of ChatML."""
+    path = tmp_path / "tokenizer.json"
+    train_tokenizer(["who are you and what do you want"] * 3, VOCAB).save(str(path))
+    return path
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ def naive_attention(
     window: int | None = None,
     first: Tensor | None = None,
     temperature: Tensor | None = None,
+    shared: Tensor | None = None,
 ) -> Tensor:
     """The definition, with every key-value head repeated and every logit in memory."""
     groups, length, seen = queries.shape[1] // keys.shape[1], queries.shape[2], keys.shape[2]
@@ -40,7 +41,11 @@ def naive_attention(
     if window is not None:
         visible = visible & (places[1] > places[0] - window)
     if first is not None:
-        visible = visible & (places[1] >= first[:, None, :, None])
+        own = places[1] >= first[:, None, :, None]
+        if shared is not None:
+            since, until = shared[:, None, :, None].unbind(-1)
+            own = own | ((places[1] >= since) & (places[1] < until))
+        visible = visible & own
     return logits.masked_fill(~visible, -torch.inf).softmax(-1) @ values
 
 
@@ -58,11 +63,21 @@ def firsts(length: int, seen: int) -> Tensor:
     return starts[:, seen - length :]
 
 
+def about_one_before(first: Tensor) -> dict[str, Tensor]:
+    """Documents that see a part of what stands before them, or nothing of it."""
+    until = torch.where(first % 3 > 0, first // 2, 0)
+    return {"first": first, "shared": torch.stack((until // 2, until), -1)}
+
+
 LIMITS: dict[str, Any] = {
     "all": lambda length, seen: {},
     "a window": lambda length, seen: {"window": 37},
     "documents": lambda length, seen: {"first": firsts(length, seen)},
     "a window of documents": lambda length, seen: {"window": 37, "first": firsts(length, seen)},
+    "documents about one before": lambda length, seen: about_one_before(firsts(length, seen)),
+    "a window of documents about one before": lambda length, seen: (
+        {"window": 37} | about_one_before(firsts(length, seen))
+    ),
     "temperatures": lambda length, seen: {"temperature": torch.linspace(0.5, 2.0, length)},
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,7 @@ from modelworks.spec import InputError, loads_run, model_spec
 from modelworks.spec.catalog import Kind, entry, names
 from modelworks.spec.show import sourced
 
-
-def command(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "modelworks", *words], capture_output=True, text=True, timeout=60, check=False
-    )
+Typed = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.mark.parametrize("kind", ["models", "hardware", "clusters"])
@@ -55,8 +51,8 @@ def test_a_name_of_two_kinds_asks_for_the_kind() -> None:
     assert sourced("clusters/local").kind == "clusters"
 
 
-def test_json_holds_the_spec_the_sources_and_the_parameters() -> None:
-    done = command("spec", "show", "mixtral-8x7b", "--json")
+def test_json_holds_the_spec_the_sources_and_the_parameters(typed: Typed) -> None:
+    done = typed("spec", "show", "mixtral-8x7b", "--json")
     assert done.returncode == 0, done.stderr
     shown = json.loads(done.stdout)
     assert model_spec("mixtral-8x7b").parameters.total == shown["parameters"]["total"] == 46_702_792_704
@@ -64,15 +60,15 @@ def test_json_holds_the_spec_the_sources_and_the_parameters() -> None:
     assert shown["sources"]["moe.experts"]["certainty"] == "published"
 
 
-def test_the_table_names_fields_values_and_sources() -> None:
-    done = command("spec", "show", "colossus-100k")
+def test_the_table_names_fields_values_and_sources(typed: Typed) -> None:
+    done = typed("spec", "show", "colossus-100k")
     assert done.returncode == 0, done.stderr
     for expected in ("gpus", "100_000", "published", "NVIDIA press release of 28 October 2024"):
         assert expected in done.stdout
 
 
-def test_an_unknown_name_is_bad_input_in_one_sentence() -> None:
-    done = command("spec", "show", "grok1")
+def test_an_unknown_name_is_bad_input_in_one_sentence(typed: Typed) -> None:
+    done = typed("spec", "show", "grok1")
     assert done.returncode == 2
     assert "'grok1' is no catalog entry, run spec (.toml) or Hugging Face config (.json); did you mean 'grok-1'?" in (
         done.stderr
@@ -80,12 +76,11 @@ def test_an_unknown_name_is_bad_input_in_one_sentence() -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_showing_and_planning_start_without_the_heavy_parts() -> None:
+def test_showing_and_planning_start_without_the_heavy_parts(loaded: Callable[..., list[str]]) -> None:
     """What the import contracts can't see: nothing heavy is loaded by importing the light rooms."""
     code = (
-        "import sys, modelworks.cli, modelworks.plan, modelworks.spec.show, modelworks.serve.store\n"
+        "import modelworks.cli, modelworks.plan, modelworks.spec.show, modelworks.serve.store\n"
         "import modelworks.train.record, modelworks.model, modelworks.data, modelworks.release, modelworks.assistant\n"
-        "print([name for name in ('torch', 'transformers', 'xllamacpp', 'nicegui') if name in sys.modules])"
+        "import modelworks.train_command, modelworks.train.refusals, modelworks.engine_command"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
-    assert done.stdout.strip() == "[]"
+    assert loaded(code, "torch", "transformers", "xllamacpp", "nicegui") == []

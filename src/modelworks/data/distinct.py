@@ -1,4 +1,4 @@
-"""Telling texts that were seen before, in 16 bytes each.
+"""Telling texts that were seen before, in 16 bytes each, and which of them belong to a share of all.
 
 Recent hashes stand in a set; when it is full they are sorted into an array, and arrays of like size are merged, so that
 there are few of them however many texts there are.
@@ -6,9 +6,21 @@ there are few of them however many texts there are.
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 
 _RECENT = 2**17
+
+
+def digest_of(utf8: bytes) -> bytes:
+    """A text's hash, of 16 bytes."""
+    return hashlib.blake2b(utf8, digest_size=16).digest()
+
+
+def in_share(digest: bytes, share: float) -> bool:
+    """Whether a text's hash falls into the given share of all."""
+    return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
 class DistinctTexts:

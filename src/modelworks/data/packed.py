@@ -63,6 +63,10 @@ class PackedDataset:
         """UTF-8 bytes of the text that a split's tokens stand for."""
         return int(self.manifest["splits"][split]["bytes"])
 
+    def tokens_per_byte(self, split: Split) -> float:
+        """Tokens that are predicted for each byte of a split's text."""
+        return self.tokens(split) / max(1, self.bytes(split))
+
     def sequence_count(self, split: Split, seq_len: int) -> int:
         """Sequences in one epoch of a split."""
         return max(0, (self.tokens(split) - 1) // seq_len)
@@ -93,22 +97,29 @@ class PackedDataset:
         InputError
             If the split is shorter than one sequence.
         """
-        size = self.sequence_count(split, seq_len)
-        if size == 0:
-            raise InputError(
-                f"train.seq_len = {seq_len} is not accepted: the {split} split has {self.tokens(split)} tokens, and a "
-                f"sequence takes {seq_len + 1}; give more text or a shorter train.seq_len"
-            )
-        places = np.arange(position, position + count, dtype=np.int64)
-        epochs, within = np.divmod(places, size)
-        items = np.empty_like(places)
-        for epoch in np.unique(epochs):
-            items[epochs == epoch] = shuffled(within[epochs == epoch], size, seed, int(epoch))
+        items = self.items(split, position, count, seq_len, seed)
         return (
-            np.stack([self.span(split, int(item) * seq_len, seq_len + 1) for item in items])
+            np.stack([self.sequence(split, int(item), seq_len) for item in items])
             if count
             else (np.empty((0, seq_len + 1), dtype=np.int64))
         )
+
+    def items(self, split: Split, position: int, count: int, seq_len: int, seed: int) -> np.ndarray:
+        """The numbers of the next sequences of a run; see `sequences`."""
+        size = self.sequence_count(split, seq_len)
+        if size == 0:
+            raise self._too_short(split, seq_len)
+        places = np.arange(position, position + count, dtype=np.int64)
+        epochs, within = np.divmod(places, size)
+        items = np.empty_like(places)
+        # Not `np.unique`, for which each process would import masked arrays: a fifth of a second.
+        for epoch in sorted(set(epochs.tolist())):
+            items[epochs == epoch] = shuffled(within[epochs == epoch], size, seed, epoch)
+        return items
+
+    def sequence(self, split: Split, item: int, seq_len: int) -> np.ndarray:
+        """One sequence of a split, by its number."""
+        return self.span(split, item * seq_len, seq_len + 1)
 
     def span(self, split: Split, start: int, length: int) -> np.ndarray:
         """`length` tokens (int64) of a split from `start` on, across shards."""
@@ -127,6 +138,12 @@ class PackedDataset:
         """Where each document of a split starts (uint64), and behind the last where it ends."""
         starts = np.fromfile(self.folder / f"{split}.documents.bin", dtype="<u8")
         return np.append(starts, np.uint64(self.tokens(split)))
+
+    def _too_short(self, split: Split, seq_len: int) -> InputError:
+        return InputError(
+            f"train.seq_len = {seq_len} is not accepted: the {split} split has {self.tokens(split)} tokens, and a "
+            f"sequence takes {seq_len + 1}; give more text or a shorter train.seq_len"
+        )
 
     @cached_property
     def _maps(self) -> dict[str, list[np.ndarray]]:

@@ -19,11 +19,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from filelock import FileLock
 
-from modelworks.data.distinct import DistinctTexts
+from modelworks.data.answers import DialogueDataset
+from modelworks.data.dialogues import DialoguePacking
+from modelworks.data.distinct import DistinctTexts, digest_of, in_share
 from modelworks.data.packed import SHARD_TOKENS, PackedDataset, SplitWriter
-from modelworks.data.records import BadRecord, Document
+from modelworks.data.pairs import PairDataset, PairPacking
+from modelworks.data.records import BadRecord, BadRecords, Document
 from modelworks.data.sources import Source, open_source
+from modelworks.data.tasks import TaskDataset, TaskPacking
+from modelworks.data.templates import find_template
 from modelworks.spec.errors import InputError, OperationError
+from modelworks.spec.model import VisionSpec
 from modelworks.spec.run import DataSpec
 
 if TYPE_CHECKING:
@@ -36,10 +42,17 @@ _FORMAT = 1
 _TOKENIZER_BYTES = 2**26
 """Text that a tokenizer is trained on; more changes little and takes long."""
 _BATCH_BYTES = 2**22
-_SHOWN_BAD_RECORDS = 20
+_CONVERSATIONS: dict[str, tuple[type[DialoguePacking], type[PackedDataset]]] = {
+    "dialogues": (DialoguePacking, DialogueDataset),
+    "pairs": (PairPacking, PairDataset),
+    "tasks": (TaskPacking, TaskDataset),
+}
+"""The sources that a chat template writes out: what packs each, and what reads it then."""
 
 
-def prepare(spec: DataSpec, vocab: int, folder: Path, progress: Progress | None = None) -> PackedDataset:
+def prepare(
+    spec: DataSpec, vocab: int, folder: Path, progress: Progress | None = None, vision: VisionSpec | None = None
+) -> PackedDataset:
     """Pack a source's text into tokens, or find what was packed before.
 
     Parameters
@@ -52,6 +65,8 @@ def prepare(spec: DataSpec, vocab: int, folder: Path, progress: Progress | None 
         Where prepared data is kept; the result is a folder in it.
     progress
         Called now and then with documents packed, bytes worked through, and their total or None.
+    vision
+        The model's tower, for pictures.
 
     Raises
     ------
@@ -61,50 +76,92 @@ def prepare(spec: DataSpec, vocab: int, folder: Path, progress: Progress | None 
         If reading or writing fails; nothing half-written is left.
     """
     source = open_source(spec)
-    name = _cache_name(source, vocab)
+    if spec.source != "pictures":
+        vision = None
+    name = _cache_name(source, vocab, vision)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f"{name}.lock"):
-            return _found(folder / name) or _prepared(source, vocab, folder / name, progress or _silent)
+            return _found(folder / name, spec.source, vision) or _prepared(
+                source, vocab, folder / name, progress or _silent, vision
+            )
     except OSError as error:
         raise OperationError(f"the data cannot be prepared in {folder}: {error.strerror or error}") from error
 
 
-def _cache_name(source: Source, vocab: int) -> str:
+def _cache_name(source: Source, vocab: int, vision: VisionSpec | None) -> str:
     spec = source.spec
     tokenizer = Path(spec.tokenizer).expanduser()
+    unused = {"chat_template"}  # which stands below by its text
+    if not spec.kinds:
+        unused.add("kinds")
+    if spec.source != "tasks":
+        unused.add("tasks")
     facts = {
         "format": _FORMAT,
-        "data": spec.model_dump(mode="json"),
+        "data": spec.model_dump(mode="json", exclude=unused),
         "vocab": vocab,
         "files": source.fingerprint(),
         "tokenizer": hashlib.sha256(tokenizer.read_bytes()).hexdigest() if tokenizer.is_file() else None,
     }
+    if spec.source in _CONVERSATIONS:
+        facts["template"] = _template(spec)
+    if vision is not None:
+        facts["vision"] = vision.model_dump(mode="json")
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def _found(folder: Path) -> PackedDataset | None:
+def _template(spec: DataSpec) -> tuple[str, dict[str, str]]:
+    return find_template(spec.chat_template, None if spec.tokenizer == "bpe" else Path(spec.tokenizer).expanduser())
+
+
+def _opened(folder: Path, source: str, vision: VisionSpec | None) -> PackedDataset:
+    """Prepared text, dialogues or pairs, or conversations about pictures."""
+    if vision is not None:
+        from modelworks.data.lessons import open_lessons  # loads torch, which nobody else here needs
+
+        return open_lessons(folder, vision)
+    return _CONVERSATIONS[source][1](folder) if source in _CONVERSATIONS else PackedDataset(folder)
+
+
+def _found(folder: Path, source: str, vision: VisionSpec | None) -> PackedDataset | None:
     """What was prepared before, unless a file of it is missing or cut short: then it is prepared again."""
     if not folder.exists():
         return None
     try:
-        return PackedDataset(folder)
+        return _opened(folder, source, vision)
     except OperationError:
         shutil.rmtree(folder)
         return None
 
 
-def _prepared(source: Source, vocab: int, folder: Path, progress: Progress) -> PackedDataset:
+def _prepared(source: Source, vocab: int, folder: Path, progress: Progress, vision: VisionSpec | None) -> PackedDataset:
     for abandoned in folder.parent.glob(f".{folder.name}.*"):
         shutil.rmtree(abandoned, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        _Packing(source, vocab, temporary, progress).run()
+        if vision is not None:
+            from modelworks.data.lessons import prepare_lessons
+
+            prepare_lessons(source, vocab, vision, temporary, progress)
+        elif source.spec.source in _CONVERSATIONS:
+            _pack_conversations(source, vocab, temporary, progress)
+        else:
+            _Packing(source, vocab, temporary, progress).run()
         temporary.rename(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    return PackedDataset(folder)
+    return _opened(folder, source.spec.source, vision)
+
+
+def _pack_conversations(source: Source, vocab: int, folder: Path, progress: Progress) -> None:
+    from modelworks.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(source.spec.tokenizer, vocab)
+    tokenizer.encode_special_tokens = False  # those that the template writes
+    packing, _ = _CONVERSATIONS[source.spec.source]
+    packing(source, tokenizer, _template(source.spec), vocab, folder).run(progress)
 
 
 class _Packing:
@@ -113,12 +170,15 @@ class _Packing:
     def __init__(self, source: Source, vocab: int, folder: Path, progress: Progress) -> None:
         self._source, self._spec, self._vocab = source, source.spec, vocab
         self._folder, self._progress = folder, progress
-        self._bad: list[BadRecord] = []
-        self._bad_count = self._duplicates = self._empty = 0
+        self._start_counting()
         self._bytes_done = 0
         text_bytes = source.measured_bytes
         passes = min(text_bytes or 0, _TOKENIZER_BYTES) if self._spec.tokenizer == "bpe" else 0
         self._total = text_bytes + passes if text_bytes else None
+
+    def _start_counting(self) -> None:
+        self._bad = BadRecords(self._spec.max_bad_fraction, "records cannot be read")
+        self._duplicates = self._empty = 0
 
     def run(self) -> None:
         """Write the tokenizer, the shards and, last, the manifest."""
@@ -134,7 +194,7 @@ class _Packing:
         finally:
             for writer in writers.values():
                 writer.close()
-        self._check_bad(sum(writer.documents for writer in writers.values()))
+        self._bad.check(sum(writer.documents for writer in writers.values()), self._duplicates + self._empty)
         if writers["train"].tokens == 0:
             raise InputError(f"data.source = {self._spec.source!r} is not accepted: it holds no text to train on")
         manifest = self._manifest(writers, dtype, tokenizer.get_vocab_size())
@@ -155,13 +215,13 @@ class _Packing:
         used = 0
         for document, digest in self._documents():
             self._progress(0, min(self._bytes_done, _TOKENIZER_BYTES), self._total)
-            if _in_share(digest[8:], share) and not self._is_validation(digest):
+            if in_share(digest[8:], share) and not self._is_validation(digest):
                 used += len(document.utf8)
                 yield document.text
             if used >= _TOKENIZER_BYTES:
                 break
         # What was counted here is counted again, wholly, when the documents are packed.
-        self._bad, self._bad_count, self._duplicates, self._empty = [], 0, 0, 0
+        self._start_counting()
         self._bytes_done = min(self._bytes_done, _TOKENIZER_BYTES)
 
     def _pack(self, tokenizer: Tokenizer, writers: dict[str, SplitWriter]) -> None:
@@ -180,13 +240,13 @@ class _Packing:
         documents = text_bytes = 0
         for record in self._source.records():
             if isinstance(record, BadRecord):
-                self._note_bad(record, documents)
+                self._bad.note(record, documents, self._duplicates + self._empty)
                 continue
             self._bytes_done += len(record.utf8)
             if not record.text.strip():
                 self._empty += 1
                 continue
-            digest = hashlib.blake2b(record.utf8, digest_size=16).digest()
+            digest = digest_of(record.utf8)
             if not distinct.add(digest):
                 self._duplicates += 1
                 continue
@@ -196,24 +256,7 @@ class _Packing:
                 return
 
     def _is_validation(self, digest: bytes) -> bool:
-        return _in_share(digest, self._spec.validation_fraction)
-
-    def _note_bad(self, record: BadRecord, documents: int) -> None:
-        self._bad_count += record.count
-        if len(self._bad) < _SHOWN_BAD_RECORDS:
-            self._bad.append(record)
-        # A source that is bad from its start is given up before all of it is read.
-        if self._bad_count >= 10_000 and documents < self._bad_count:
-            self._check_bad(documents)
-
-    def _check_bad(self, documents: int) -> None:
-        seen = documents + self._duplicates + self._empty + self._bad_count
-        if self._bad_count > self._spec.max_bad_fraction * seen:
-            first = "; ".join(map(str, self._bad[:5]))
-            raise InputError(
-                f"{self._bad_count} of {seen} records cannot be read, more than data.max_bad_fraction = "
-                f"{self._spec.max_bad_fraction} accepts: {first}"
-            )
+        return in_share(digest, self._spec.validation_fraction)
 
     def _manifest(self, writers: dict[str, SplitWriter], dtype: np.dtype, pieces: int) -> dict[str, Any]:
         splits = {
@@ -229,17 +272,12 @@ class _Packing:
             "splits": splits,
             "duplicates": self._duplicates,
             "empty": self._empty,
-            "bad_records": {"count": self._bad_count, "first": [str(record) for record in self._bad]},
+            "bad_records": self._bad.as_dict(),
             "tokenizer": self._spec.tokenizer,
             "pieces": pieces,
             "dtype": dtype.name,
             "shard_tokens": SHARD_TOKENS,
         }
-
-
-def _in_share(digest: bytes, share: float) -> bool:
-    """Whether a text's hash falls into the given share of all."""
-    return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
 def _batches(documents: Iterator[tuple[Document, bytes]]) -> Iterator[list[tuple[Document, bytes]]]:

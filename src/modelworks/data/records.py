@@ -10,18 +10,25 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import zstandard
+
+from modelworks.spec.errors import InputError
 
 PLAIN = {".txt", ".md", ".rst", ".py"}
 COMPRESSIONS = {".gz", ".zst"}
 ACCEPTED = "txt, md, rst, py, jsonl, json (each also with .gz or .zst) and parquet"
 _LONGEST_PLAIN = 2**24
+_SHOWN = 20
+_NAMED = 5
+"""Of the bad records: how many a manifest shows, and how many an error names."""
+_GIVE_UP = 10_000
+"""A source whose first so many records are bad, more than good ones, is judged before all of it is read."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,59 @@ class BadRecord:
         return f"{self.file}:{self.line}: {self.reason}"
 
 
+class BadRecords:
+    """The records of one source that can't be used: how many, and the first of them.
+
+    Parameters
+    ----------
+    most
+        `data.max_bad_fraction`.
+    what
+        What they are and can't, as in "records cannot be read".
+    """
+
+    def __init__(self, most: float, what: str) -> None:
+        self._most, self._what = most, what
+        self._first: list[BadRecord] = []
+        self._count = 0
+
+    def note(self, record: BadRecord, used: int, left_out: int) -> None:
+        """Count one; a source that is bad from its start is given up. `used` and `left_out` as of `check`."""
+        self._count += record.count
+        if len(self._first) < _SHOWN:
+            self._first.append(record)
+        if self._count >= _GIVE_UP and used < self._count:
+            self.check(used, left_out)
+
+    def check(self, used: int, left_out: int) -> None:
+        """Refuse a source with too many.
+
+        Parameters
+        ----------
+        used, left_out
+            Its good records, and those that were left out for another reason: double, or empty.
+
+        Raises
+        ------
+        InputError
+            Naming the first.
+        """
+        seen = used + left_out + self._count
+        if self._count > self._most * seen:
+            raise InputError(
+                f"{self._count} of {seen} {self._what}, more than data.max_bad_fraction = {self._most} accepts: "
+                + "; ".join(map(str, self._first[:_NAMED]))
+            )
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same for a manifest."""
+        return {"count": self._count, "first": [str(record) for record in self._first]}
+
+
 Record = Document | BadRecord
+Made = TypeVar("Made")
+Make = Callable[[Any, str, int], Made]
+"""Makes something of a value in JSON, its file and its line."""
 
 
 class BrokenFileError(Exception):
@@ -80,11 +139,14 @@ def read_file(path: Path, text_field: str) -> Iterator[Record]:
     kind = kind_of(path)
     if kind == "parquet":
         return _read_parquet(path, text_field)
-    if kind == "jsonl":
-        return _read_jsonl(path, text_field)
-    if kind == "json":
-        return _read_json(path, text_field)
+    if kind in ("jsonl", "json"):
+        return read_json(path, lambda value, file, line: record_from(value, text_field, file, line))
     return _read_plain(path)
+
+
+def read_json(path: Path, make: Make[Made]) -> Iterator[Made | BadRecord]:
+    """What `make` makes of each record of a JSON file or of one of JSON lines."""
+    return _read_jsonl(path, make) if kind_of(path) == "jsonl" else _read_json(path, make)
 
 
 def record_from(values: Any, text_field: str, file: str, line: int) -> Record:
@@ -131,7 +193,7 @@ def _plain_part(stream: BinaryIO) -> bytes:
     return data if len(data) < _LONGEST_PLAIN else data + _guarded(stream.readline, _LONGEST_PLAIN)
 
 
-def _read_jsonl(path: Path, text_field: str) -> Iterator[Record]:
+def _read_jsonl(path: Path, make: Make[Made]) -> Iterator[Made | BadRecord]:
     line = 0
     with _opened(path) as stream:
         try:
@@ -139,14 +201,14 @@ def _read_jsonl(path: Path, text_field: str) -> Iterator[Record]:
                 line += 1
                 data = data.removeprefix(b"\xef\xbb\xbf") if line == 1 else data
                 if data.strip():
-                    yield _json_record(data, text_field, str(path), line)
+                    yield _json_record(data, make, str(path), line)
         except BrokenFileError as error:
             yield BadRecord(str(path), line + 1, str(error))
 
 
-def _json_record(data: bytes, text_field: str, file: str, line: int) -> Record:
+def _json_record(data: bytes, make: Make[Made], file: str, line: int) -> Made | BadRecord:
     try:
-        return record_from(json.loads(data.decode("utf-8")), text_field, file, line)
+        return make(json.loads(data.decode("utf-8")), file, line)
     except UnicodeDecodeError as error:
         return BadRecord(file, line, f"not UTF-8: byte 0x{data[error.start]:02x} at column {error.start + 1}")
     except json.JSONDecodeError as error:
@@ -155,7 +217,7 @@ def _json_record(data: bytes, text_field: str, file: str, line: int) -> Record:
         return BadRecord(file, line, "not JSON that can be read: nested too deeply")
 
 
-def _read_json(path: Path, text_field: str) -> Iterator[Record]:
+def _read_json(path: Path, make: Make[Made]) -> Iterator[Made | BadRecord]:
     """A file of one record, or of a list of them; a record's line is its place in the list."""
     with _opened(path) as stream:
         try:
@@ -164,7 +226,7 @@ def _read_json(path: Path, text_field: str) -> Iterator[Record]:
             yield BadRecord(str(path), getattr(error, "lineno", 1), f"not JSON: {error}")
             return
     for place, value in enumerate(values if isinstance(values, list) else [values], start=1):
-        yield record_from(value, text_field, str(path), place)
+        yield make(value, str(path), place)
 
 
 def _read_parquet(path: Path, text_field: str) -> Iterator[Record]:

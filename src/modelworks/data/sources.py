@@ -81,10 +81,14 @@ def open_source(spec: DataSpec) -> Source:
     """
     if spec.source == "stdlib":
         return Source(spec, standard_library())
-    if spec.source == "files":
+    if spec.source in ("files", "dialogues", "pairs", "tasks", "pictures"):
         found: dict[Path, list[Any] | None] = {}
         for given in spec.files:
             found |= _fetched(given) if is_url(given) else dict.fromkeys(_matching(given))
+        if spec.source != "files":
+            for path in found:
+                if kind_of(path) not in ("jsonl", "json"):
+                    raise InputError(f"data.files: {str(path)!r} holds no {spec.source}; jsonl and json are accepted")
         return Source(spec, list(found), {path: version for path, version in found.items() if version is not None})
     local = Path(dataset_name(spec)[0])
     return Source(spec, sorted(path for path in local.rglob("*") if path.is_file()) if local.is_dir() else [])

@@ -6,7 +6,7 @@ special tokens: the document separator and the two marks of ChatML. Special toke
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -21,18 +21,19 @@ _SEPARATORS = [SEPARATOR, "<|end_of_text|>", "</s>", "<eos>", "[SEP]"]
 """What given tokenizers call the end of a text."""
 
 
-def train_tokenizer(texts: Iterable[str], vocab: int) -> Tokenizer:
-    """Train byte-level BPE of at most `vocab` pieces; less text gives fewer.
+def train_tokenizer(texts: Iterable[str], vocab: int, marks: Sequence[str] = ()) -> Tokenizer:
+    """Train byte-level BPE of at most `vocab` pieces, with further special tokens `marks`; less text gives fewer.
 
     Raises
     ------
     InputError
         If `vocab` has no room for the bytes and the special tokens.
     """
-    if vocab < SMALLEST_VOCAB:
+    special = [*SPECIAL_TOKENS, *marks]
+    if vocab < 256 + len(special):
         raise InputError(
-            f"model.vocab = {vocab} is not accepted: a byte-level tokenizer takes at least {SMALLEST_VOCAB} pieces "
-            f"(256 bytes and {len(SPECIAL_TOKENS)} special tokens)"
+            f"model.vocab = {vocab} is not accepted: a byte-level tokenizer takes at least {256 + len(special)} pieces "
+            f"(256 bytes and {len(special)} special tokens)"
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -40,7 +41,7 @@ def train_tokenizer(texts: Iterable[str], vocab: int) -> Tokenizer:
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab,
-        special_tokens=SPECIAL_TOKENS,
+        special_tokens=special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

@@ -85,7 +85,7 @@ class Attention(nn.Module):
             queries, keys = rotate(queries, rotary), rotate(keys, rotary)
         if cache is not None:
             keys, values = cache.append(self.layer, keys, values)
-        attended = self.attend(queries, keys, values, rotary.first, rotary.temperature)
+        attended = self.attend(queries, keys, values, rotary.first, rotary.temperature, rotary.shared)
         output: Tensor = self.wo(attended.transpose(1, 2).reshape(batch, length, -1))  # (B, T, H)
         return output
 
@@ -96,9 +96,10 @@ class Attention(nn.Module):
         values: Tensor,
         first: Tensor | None = None,
         temperature: Tensor | None = None,
+        shared: Tensor | None = None,
     ) -> Tensor:
         """Causal attention of the last positions' queries; shapes as in `attention`."""
-        return attention(queries, keys, values, self.scale, self.softcap, self.window, first, temperature)
+        return attention(queries, keys, values, self.scale, self.softcap, self.window, first, temperature, shared)
 
 
 def attention(
@@ -110,6 +111,7 @@ def attention(
     window: int | None = None,
     first: Tensor | None = None,
     temperature: Tensor | None = None,
+    shared: Tensor | None = None,
 ) -> Tensor:
     """Causal attention, by PyTorch's fused kernel where that knows the task, else in blocks (`blockwise_attention`).
 
@@ -129,6 +131,8 @@ def attention(
         (B, T) int64: the first key that a query sees, where that is not the sequence's: its document's.
     temperature
         (T) in fp32: what a query's logits are multiplied with after the cap; None for 1.
+    shared
+        (B, T, 2) int64: the keys before `first`, from one up to another, that a query sees as well; None for none.
 
     Returns
     -------
@@ -138,13 +142,15 @@ def attention(
     if window is not None and keys.shape[2] > window:
         # Keys that no query sees are left out, so that a cached step costs the window and not the sequence.
         seen = min(keys.shape[2], queries.shape[2] + window - 1)
-        first = None if first is None else (first - (keys.shape[2] - seen)).clamp(min=0)
+        first, shared = (
+            None if places is None else (places - (keys.shape[2] - seen)).clamp(min=0) for places in (first, shared)
+        )
         keys, values = keys[:, :, -seen:], values[:, :, -seen:]
     length, seen = queries.shape[2], keys.shape[2]
     unlimited = first is None and (window is None or window >= seen or length == 1)
     if softcap is None and temperature is None and unlimited and length in (1, seen):
         return F.scaled_dot_product_attention(queries, keys, values, is_causal=length > 1, scale=scale, enable_gqa=True)
-    return blockwise_attention(queries, keys, values, scale, softcap, window, first, temperature)
+    return blockwise_attention(queries, keys, values, scale, softcap, window, first, temperature, shared)
 
 
 def blockwise_attention(
@@ -156,6 +162,7 @@ def blockwise_attention(
     window: int | None = None,
     first: Tensor | None = None,
     temperature: Tensor | None = None,
+    shared: Tensor | None = None,
 ) -> Tensor:
     """Attention over blocks of queries and of the keys that they see, its softmax in fp32; arguments as in `attention`.
 
@@ -163,7 +170,7 @@ def blockwise_attention(
     FlashAttention, arXiv:2205.14135), forward and backward, so that memory grows with the sequence.
     """
     output: Tensor
-    output, _ = _forward(queries, keys, values, scale, softcap, window, first, temperature)
+    output, _ = _forward(queries, keys, values, scale, softcap, window, first, temperature, shared)
     return output
 
 
@@ -176,6 +183,7 @@ class _Task:
     window: int | None
     first: Tensor | None
     temperature: Tensor | None
+    shared: Tensor | None
     length: int
     seen: int
 
@@ -191,7 +199,11 @@ class _Task:
             end = min(start + QUERY_BLOCK, self.length)
             begin = 0 if self.window is None else max(0, offset + start + 1 - self.window)
             if self.first is not None:
-                begin = max(begin, int(self.first[:, start:end].min()))
+                begins = self.first[:, start:end]
+                if self.shared is not None:
+                    since, until = self.shared[:, start:end].unbind(-1)
+                    begins = torch.where(since < until, torch.minimum(begins, since), begins)
+                begin = max(begin, int(begins.min()))
             stop = offset + end
             keys = [slice(left, min(left + KEY_BLOCK, stop)) for left in range(begin, stop, KEY_BLOCK)]
             yield slice(start, end), keys
@@ -214,7 +226,11 @@ class _Task:
         if self.first is not None:
             begins = self.first[:, rows]
             if int(begins.max()) > keys.start:
-                earlier = torch.arange(keys.start, keys.stop, device=device) < begins[:, :, None]  # (B, t, s)
+                places = torch.arange(keys.start, keys.stop, device=device)
+                earlier = places < begins[:, :, None]  # (B, t, s)
+                if self.shared is not None:
+                    since, until = self.shared[:, rows, :, None].unbind(2)
+                    earlier &= (places < since) | (places >= until)
                 found = earlier if found is None else found | earlier
         return None if found is None else found[:, None, None]
 
@@ -252,9 +268,10 @@ def _forward(
     window: int | None,
     first: Tensor | None,
     temperature: Tensor | None,
+    shared: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The output (B, heads, T, D), and each query's log-sum-exp (B, KV, G, T) in fp32 for the backward pass."""
-    task = _Task(scale, softcap, window, first, temperature, queries.shape[2], keys.shape[2])
+    task = _Task(scale, softcap, window, first, temperature, shared, queries.shape[2], keys.shape[2])
     folded = _fold(queries, keys.shape[1])  # (B, KV, G, T, D)
     output = torch.empty_like(folded, memory_format=torch.contiguous_format)
     log_sums = folded.new_empty(folded.shape[:-1], dtype=torch.float32)
@@ -299,9 +316,10 @@ def _backward_op(
     window: int | None,
     first: Tensor | None,
     temperature: Tensor | None,
+    shared: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of queries, keys and values; a block's probabilities are rebuilt from its log-sum-exp."""
-    task = _Task(scale, softcap, window, first, temperature, queries.shape[2], keys.shape[2])
+    task = _Task(scale, softcap, window, first, temperature, shared, queries.shape[2], keys.shape[2])
     folded, upstream, attended = (_fold(tensor, keys.shape[1]) for tensor in (queries, gradient, output))
     to_queries = torch.empty_like(folded, memory_format=torch.contiguous_format)
     to_keys = torch.zeros_like(keys, memory_format=torch.contiguous_format, dtype=torch.float32)
@@ -347,9 +365,9 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _backward(context: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    *kept, first, temperature = context.saved_tensors
-    found = _backward_op(gradient, *kept, *context.numbers, first, temperature)
-    return *found, None, None, None, None, None
+    *kept, first, temperature, shared = context.saved_tensors
+    found = _backward_op(gradient, *kept, *context.numbers, first, temperature, shared)
+    return *found, None, None, None, None, None, None
 
 
 _forward.register_autograd(_backward, setup_context=_keep)

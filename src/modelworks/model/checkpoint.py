@@ -8,7 +8,8 @@ leaves the older checkpoints and at most a hidden folder that the next save remo
 
 Several processes save and load together: each writes and reads the parts of the tensors that it holds, the first one
 commits, and what fails on one process fails on all. A checkpoint knows nothing of how many wrote it. Processes that
-save while they compute do so in a group of their own, so that the two don't wait for each other.
+save while they compute do so in a group of their own, so that the two don't wait for each other. DCP is imported where
+it is used: whoever only looks at checkpoints needn't wait a second for it.
 """
 
 from __future__ import annotations
@@ -28,9 +29,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from modelworks.spec.errors import OperationError
 from modelworks.spec.home import write_atomically
@@ -132,6 +130,20 @@ def remove_after(run_folder: Path, step: int) -> None:
             _remove(folder)
 
 
+def set_aside_after(run_folder: Path, step: int) -> None:
+    """Take the checkpoints of more steps, which a resume has passed over, out of what is listed and rotated.
+
+    Else one that is damaged would be the newest until the run is beyond it, and push good ones out. It is kept, hidden,
+    until others are set aside: the disk may only have failed to read it.
+    """
+    passed_over = [folder for folder in folders(run_folder) if step_of(folder) > step]
+    if passed_over:
+        for earlier in passed_over[0].parent.glob(".step-*.aside"):
+            shutil.rmtree(earlier)
+    for folder in passed_over:
+        folder.rename(folder.with_name(f".{folder.name}.aside"))
+
+
 def rotate(run_folder: Path, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints."""
     for old in folders(run_folder)[keep:]:
@@ -205,6 +217,9 @@ def load(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     OperationError
         If a key is missing there or has another shape.
     """
+    from torch.distributed.checkpoint import state_dict_loader
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
     try:
         with _dcp():
             state_dict_loader.load(
@@ -234,6 +249,9 @@ def reason(error: BaseException) -> str:
 
 
 def _write_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], group: ProcessGroup | None) -> None:
+    from torch.distributed.checkpoint import state_dict_saver
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+
     # The stages of a pipeline have different tensors; the first process says for all what goes into which file.
     parts = _on_all(lambda: {key: tensor.nbytes for key, tensor in tensors.items()}, group)
     sizes = {key: size for part in parts for key, size in part.items()}
@@ -333,6 +351,8 @@ def _single_process() -> bool:
 @contextlib.contextmanager
 def _dcp() -> Iterator[None]:
     """Around DCP's verbs: its failures as what caused them."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
     try:
         yield
     except CheckpointException as error:  # A BaseException that wraps even a KeyboardInterrupt.

@@ -24,7 +24,7 @@ from modelworks.model.experts import MixtureOfExperts, RouterReport
 from modelworks.model.generation import generate
 from modelworks.model.initialization import fill
 from modelworks.model.layers import Embedding, GatedMLP, Linear, RMSNorm, to_compute_dtype
-from modelworks.model.loss import chunked_cross_entropy, head_logits
+from modelworks.model.loss import IGNORED, chunked_cross_entropy, chunked_log_probabilities, head_logits
 from modelworks.model.rotary import Documents, Rotary, packed_tables, rotary_tables
 from modelworks.model.support import refuse_unsupported
 from modelworks.spec.errors import InputError
@@ -108,7 +108,11 @@ class Decoder(nn.Module):
             fill(parameter, self.spec, seed, name)
 
     def forward(
-        self, tokens: Tensor, targets: Tensor | None = None, cache: KeyValueCache | None = None
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        embedded: Tensor | None = None,
     ) -> Tensor | Losses:
         """Run the network.
 
@@ -120,6 +124,8 @@ class Decoder(nn.Module):
             (B, T) int64, the token that follows each; -1 doesn't count.
         cache
             Keys and values of the positions before `tokens`; it is filled and moved on.
+        embedded
+            (B, T, H), what enters the first block in place of the tokens' embeddings.
 
         Returns
         -------
@@ -132,8 +138,8 @@ class Decoder(nn.Module):
             If the sequence is longer than the spec's context.
         """
         if targets is None:
-            return self.logits(tokens, cache)
-        hidden, reports = self.hidden_states(tokens, cache)
+            return self.logits(tokens, cache, embedded)
+        hidden, reports = self.hidden_states(tokens, cache, embedded)
         cross_entropy = chunked_cross_entropy(
             to_compute_dtype(hidden.flatten(0, 1)),
             to_compute_dtype(self.output_weight),
@@ -143,13 +149,29 @@ class Decoder(nn.Module):
         )
         return Losses(cross_entropy, *_mean_reports(reports, hidden))
 
-    def logits(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+    def logits(self, tokens: Tensor, cache: KeyValueCache | None = None, embedded: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) in fp32 of tokens (B, T) that stand after those of the cache."""
-        hidden, _ = self.hidden_states(tokens, cache)
+        hidden, _ = self.hidden_states(tokens, cache, embedded)
         weight = to_compute_dtype(self.output_weight)
         return head_logits(to_compute_dtype(hidden), weight, self.spec.output_multiplier, self.spec.output_softcap)
 
-    def hidden_states(self, tokens: Tensor, cache: KeyValueCache | None = None) -> tuple[Tensor, list[RouterReport]]:
+    def log_probabilities(self, tokens: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Losses]:
+        """The log-probability (N), in nats, of each target (B, T) that counts, in order; and the losses."""
+        hidden, reports = self.hidden_states(tokens)
+        counts = targets != IGNORED
+        found = chunked_log_probabilities(
+            to_compute_dtype(hidden[counts]),
+            to_compute_dtype(self.output_weight),
+            targets[counts],
+            self.spec.output_multiplier,
+            self.spec.output_softcap,
+            temperature,
+        )
+        return found, Losses(-found.mean(), *_mean_reports(reports, hidden))
+
+    def hidden_states(
+        self, tokens: Tensor, cache: KeyValueCache | None = None, embedded: Tensor | None = None
+    ) -> tuple[Tensor, list[RouterReport]]:
         """The normalised states (B, T, H) that the head multiplies, and each router's report."""
         start = 0 if cache is None else cache.position
         end = start + tokens.shape[1]
@@ -157,7 +179,7 @@ class Decoder(nn.Module):
             raise InputError(
                 f"tokens: a sequence of {end} is too long: at most model.context = {self.spec.context} is accepted"
             )
-        x = self.embed(tokens) * self.spec.embedding_multiplier  # (B, T, H)
+        x = self.embed(tokens) * self.spec.embedding_multiplier if embedded is None else embedded  # (B, T, H)
         rotary = (
             packed_tables(self.spec, tokens, self.documents)
             if cache is None

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from modelworks.spec.errors import InputError, OperationError
-from modelworks.spec.model import ModelSpec
+from modelworks.spec.model import ModelSpec, VisionSpec
 
 FOLDER, INDEX, TOKENIZER = "initial", "index.json", "tokenizer.json"
 _EXPERTS = re.compile(r"(blocks\.\d+)\.moe\.(gate|up|down)")
@@ -50,7 +50,7 @@ class InitialWeights:
 
     @torch.no_grad()
     def fill(self, part: Tensor, name: str, shape: Sequence[int] = (), start: Sequence[int] = ()) -> bool:
-        """Give a parameter, or a part of it, its first values; False where it is to be drawn: a new router.
+        """Give a parameter, or a part of it, its first values; False where it is to be drawn: new routers and eyes.
 
         Parameters
         ----------
@@ -74,7 +74,7 @@ class InitialWeights:
             for expert in part:
                 self._copy(expert, f"{experts[1]}.mlp.{experts[2]}.weight", whole[1:], start[1:])
             return True
-        if _ROUTER.fullmatch(name):
+        if _ROUTER.fullmatch(name) or name.startswith("eyes."):
             return False
         raise OperationError(f"{self._folder}: holds no {name}")
 
@@ -93,6 +93,11 @@ class InitialWeights:
             raise OperationError(f"{file}: is missing or damaged: {error}") from None
 
 
+def _same_eyes(given: VisionSpec, theirs: VisionSpec) -> bool:
+    """Whether two differ in nothing but the pictures to a sequence."""
+    return given == theirs.model_copy(update={"images": given.images})
+
+
 def refuse_other(spec: ModelSpec, source: ModelSpec, where: str) -> None:
     """Refuse to begin a network with the weights of another one, unless it is the same or its upcycled form.
 
@@ -106,9 +111,10 @@ def refuse_other(spec: ModelSpec, source: ModelSpec, where: str) -> None:
         given, theirs = getattr(spec, field), getattr(source, field)
         alike = given == theirs or (field == "attention_multiplier" and spec.attention_scale == source.attention_scale)
         free = field in _MAY_DIFFER and (field != "moe" or upcycled)
+        given_eyes = field == "vision" and (theirs is None or (given is not None and _same_eyes(given, theirs)))
         # With experts in every layer no network is that wide.
         unused = field == "ffn_hidden" and spec.moe is not None and not spec.moe.residual and spec.dense_layers == 0
-        if not (alike or free or unused):
+        if not (alike or free or given_eyes or unused):
             raise _refusal(field, given, where, theirs)
     if spec.moe is None or not upcycled:
         return

@@ -1,12 +1,13 @@
 """The values that a network's parameters begin with, whole or any part of them.
 
-Two ideas. What a parameter is drawn from follows from its name and shape alone: matrices are normal with variance
-1 / (their inputs), so that activations keep their size; what writes to the residual stream is smaller by the square
-root of how many writers there are (GPT-2): the output matrices, or the norms after them where there are any; the
-embedding is normal such that it enters the stream at about unit size where it has a multiplier, else 0.02. And each
-parameter is drawn in blocks of rows, each from a generator of its own, seeded by the run's seed, the parameter's name
-and the block's number: a process that holds a part of a tensor draws the blocks that it needs, one at a time, and gets
-the same values as one that holds the whole.
+Two ideas. What a parameter is drawn from follows from its name and shape alone: matrices are normal with variance 1 /
+(their inputs), so that activations keep their size; what writes to the residual stream is smaller by the square root of
+how many writers there are (GPT-2): the output matrices, or the norms after them where there are any; the embedding is
+normal such that it enters the stream at about unit size where it has a multiplier, else 0.02. A vision tower's filters
+see no even colour, and its positions are sines, since of pictures it must not be the paper, which they have in common,
+that is learnt first. And each parameter is drawn in blocks of rows, each from a generator of its own, seeded by the
+run's seed, the parameter's name and the block's number: a process that holds a part of a tensor draws the blocks that
+it needs, one at a time, and gets the same values as one that holds the whole.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from modelworks.spec.model import ModelSpec
 
+_FILTERS, _POSITIONS = "eyes.tower.patches.weight", "eyes.tower.positions.weight"
 BLOCK = 1 << 20
 """Elements that are drawn together, about: what a part costs in memory beside itself (4 MiB)."""
 
@@ -53,6 +55,10 @@ def fill(
     if deviation is None:
         part.fill_(_constant(spec, name))
         return
+    if name == _POSITIONS:
+        region = tuple(slice(begin, begin + length) for begin, length in zip(start, part.shape, strict=True))
+        part.copy_(_sines(math.isqrt(shape[0]), shape[1])[region])
+        return
     width, first = shape[-1], start[-1]
     columns = slice(first, first + part.shape[-1])
     height = max(1, BLOCK // width)
@@ -64,7 +70,8 @@ def fill(
             number, within = divmod(row + done, height)
             if drawn[0] != number:
                 rows = min(height, math.prod(shape[:-1]) - number * height)
-                drawn = (number, _draw(seed, name, number, rows, width, deviation))
+                block = _draw(seed, name, number, rows, width, deviation)
+                drawn = (number, _of_contrasts(block) if name == _FILTERS else block)
             assert drawn[1] is not None
             taken = drawn[1][within : within + len(destination) - done, columns]
             destination[done : done + len(taken)].copy_(taken)
@@ -83,6 +90,24 @@ def _draw(seed: int, name: str, number: int, rows: int, width: int, deviation: f
     digest = hashlib.blake2b(f"{seed}/{name}/{number}".encode(), digest_size=16).digest()
     generator = np.random.default_rng(int.from_bytes(digest, "little"))
     return torch.from_numpy(generator.standard_normal((rows, width), dtype=np.float32)).mul_(deviation)
+
+
+def _of_contrasts(filters: Tensor) -> Tensor:
+    """Filters (D, 3 x pixels) that an even colour doesn't pass; larger, since what they see then is small."""
+    by_color = filters.view(len(filters), 3, -1)
+    return (1.5 * (by_color - by_color.mean(-1, keepdim=True))).flatten(1)
+
+
+def _sines(side: int, width: int) -> Tensor:
+    """Positions (side^2, D) of the squares of a grid: sines and cosines of the row, and of the column, with wavelengths
+    from 6 to 600 squares (Dosovitskiy et al. 2020 learn theirs; in two dimensions as MoCo v3, arXiv:2104.02057)."""
+    number = width // 4
+    angles = torch.arange(side)[:, None] * 100.0 ** (-torch.arange(number) / max(1, number))
+    waves = torch.cat((angles.sin(), angles.cos()), dim=1)  # (side, D / 2)
+    found = torch.zeros(side, side, width)
+    found[:, :, : 2 * number] = waves[:, None]
+    found[:, :, 2 * number : 4 * number] = waves
+    return found.flatten(0, 1)
 
 
 def _constant(spec: ModelSpec, name: str) -> float:

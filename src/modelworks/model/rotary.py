@@ -30,6 +30,8 @@ class Rotary(NamedTuple):
     """(B, T) int64: the first position that each may attend to; None for the sequence's first."""
     temperature: Tensor | None = None
     """(T) in fp32: what the logits of each are multiplied with after their cap; None for one everywhere."""
+    shared: Tensor | None = None
+    """(B, T, 2) int64: the positions before `first`, from one up to another, that each may attend to as well."""
 
 
 def rotary_base(spec: ModelSpec, seq_len: int | None = None) -> float:
@@ -122,14 +124,49 @@ class Documents(NamedTuple):
     """The token that ends each document."""
     restart: bool = False
     """Whether the positions of each begin at 0."""
+    picture: int | None = None
+    """A picture's token, if a document without one is another question about the picture before it: it goes on behind
+    that picture as if nothing else stood there (Deitke et al. 2024, arXiv:2409.17146)."""
 
 
 def document_starts(tokens: Tensor, separator: int) -> Tensor:
     """Where in its sequence the document of each token (B, T) begins: (B, T) int64."""
-    places = torch.arange(tokens.shape[1], device=tokens.device)
+    return _last(_begins(tokens, separator))
+
+
+def _begins(tokens: Tensor, separator: int) -> Tensor:
+    """Whether a document begins with each token (B, T)."""
     begins = torch.zeros_like(tokens, dtype=torch.bool)
     begins[:, 1:] = tokens[:, :-1] == separator
-    return torch.where(begins, places, 0).cummax(1).values
+    return begins
+
+
+def _last(marked: Tensor) -> Tensor:
+    """The last marked place (B, T) up to each; 0 where there is none."""
+    return torch.where(marked, torch.arange(marked.shape[1], device=marked.device), 0).cummax(1).values
+
+
+def pictures_before(tokens: Tensor, separator: int, picture: int) -> Tensor:
+    """From where to where the picture stands that each token's document, which has none itself, is about.
+
+    Parameters
+    ----------
+    tokens
+        (B, T)
+    separator, picture
+        The tokens of a document's end, and of a picture.
+
+    Returns
+    -------
+    Tensor
+        (B, T, 2) int64, with the beginning of the picture's document and the mark that closes it; 0 and 0 for the
+        tokens of documents that have pictures.
+    """
+    begins, pictures = _begins(tokens, separator), tokens.eq(picture)
+    number = begins.cumsum(1)
+    shows = torch.zeros_like(tokens).scatter_add_(1, number, pictures.long()).gather(1, number) > 0
+    until = _last(pictures) + 2
+    return torch.where(shows[..., None], 0, torch.stack((_last(begins & shows), until), -1))
 
 
 def packed_tables(spec: ModelSpec, tokens: Tensor, documents: Documents | None) -> Rotary:
@@ -137,13 +174,17 @@ def packed_tables(spec: ModelSpec, tokens: Tensor, documents: Documents | None) 
     length = tokens.shape[1]
     if documents is None:
         return rotary_tables(spec, 0, length, tokens.device)
-    first = document_starts(tokens, documents.separator)
+    separator, picture = documents.separator, documents.picture
+    first = document_starts(tokens, separator)
+    shared = None if picture is None else pictures_before(tokens, separator, picture)
     if not documents.restart:
-        return rotary_tables(spec, 0, length, tokens.device)._replace(first=first)
+        return rotary_tables(spec, 0, length, tokens.device)._replace(first=first, shared=shared)
     positions = torch.arange(length, device=tokens.device) - first  # (B, T)
+    if shared is not None:
+        positions += shared[..., 1] - shared[..., 0]
     cosine, sine, *_ = rotations(spec, positions.flatten(), length)
     shape = (*positions.shape, -1)
-    return Rotary(cosine.view(shape).unsqueeze(1), sine.view(shape).unsqueeze(1), first)
+    return Rotary(cosine.view(shape).unsqueeze(1), sine.view(shape).unsqueeze(1), first, shared=shared)
 
 
 def rotations(spec: ModelSpec, positions: Tensor, seq_len: int) -> Rotary:

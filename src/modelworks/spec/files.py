@@ -155,6 +155,9 @@ def _with_paths(data: Mapping[str, Any], folder: Path | None) -> dict[str, Any]:
         data["files"] = [_from_folder(file, folder) if _is_path(file) else file for file in files]
     if isinstance(tokenizer, str) and tokenizer != "bpe":
         data["tokenizer"] = _from_folder(tokenizer, folder)
+    template = data.get("chat_template")
+    if isinstance(template, str) and template != "auto":
+        data["chat_template"] = _from_folder(template, folder)
     return data
 
 

@@ -9,12 +9,12 @@ from typing import Any, Literal
 
 from modelworks.spec.errors import InputError
 from modelworks.spec.fields import Section, nearest, validate
-from modelworks.spec.model import ModelSpec
+from modelworks.spec.model import PIXEL_DEVIATION, PIXEL_MEAN, ModelSpec, VisionSpec
 from modelworks.spec.rope import USED
 
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu"}
-_KNOWN = ["llama", "mistral", "mixtral", "qwen2", "qwen3", "smollm3", "grok-1"]
-_PLANNED = ["deepseek_v3", "gpt2", "qwen2_moe", "qwen3_moe", "idefics3", "smolvlm"]
+_KNOWN = ["llama", "mistral", "mixtral", "qwen2", "qwen3", "smollm3", "grok-1", "idefics3", "smolvlm"]
+_PLANNED = ["deepseek_v3", "gpt2", "qwen2_moe", "qwen3_moe"]
 """Further architectures whose fields say what a plan needs; weights of these aren't imported."""
 _ATTENTION_BIASED = ("llama", "qwen3", "qwen3_moe", "smollm3", "deepseek_v3", "grok-1")
 _MLP_BIASED = ("llama", "smollm3", "grok-1")
@@ -27,7 +27,10 @@ _ROPE_TYPES = ("linear", "dynamic", "yarn", "llama3")
 """The kinds of context extension that transformers has and we do."""
 _GROK_ROPE_TYPES = {"yarn": "yarn", "yarn_linear": "yarn", "yarn_log": "yarn_log"}
 """Those that SGLang's Grok has, beside `original`, and what they are called here."""
-Layout = Literal["grok-1", "grok-1-vllm", "llama", "mistral", "smollm3", "qwen2", "qwen3", "mixtral"]
+_IDEFICS3 = {"patch_size": 32, "hidden_size": 1152, "num_attention_heads": 16}
+_SIGLIP = {"patch_size": 16, "hidden_size": 768, "num_attention_heads": 12}
+"""What the fields of a vision tower are where a config leaves them out."""
+Layout = Literal["grok-1", "grok-1-vllm", "llama", "mistral", "smollm3", "qwen2", "qwen3", "mixtral", "idefics3"]
 """The layouts of Hugging Face folders that are written; `grok-1` is SGLang's, `grok-1-vllm` that of vLLM <= 0.24."""
 _ARCHITECTURES: dict[Layout, str] = {
     "grok-1": "Grok1ForCausalLM",
@@ -38,6 +41,7 @@ _ARCHITECTURES: dict[Layout, str] = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "mixtral": "MixtralForCausalLM",
+    "idefics3": "Idefics3ForConditionalGeneration",
 }
 
 
@@ -65,7 +69,10 @@ def model_from_config(path: str | Path, planning: bool = False) -> ModelSpec:
         raise InputError(f"{path}: cannot be read as a Hugging Face config: {error}") from None
     if not isinstance(config, Mapping):
         raise InputError(f"{path}: a Hugging Face config is a table of fields, and this is a {type(config).__name__}")
-    return validate(ModelSpec, spec_values(config, str(path), planning), where=str(path))
+    values = spec_values(config, str(path), planning)
+    if "vision" in values:
+        values["vision"] |= _tiles_beside(path)
+    return validate(ModelSpec, values, where=str(path))
 
 
 def spec_values(config: Mapping[str, Any], where: str, planning: bool = False) -> dict[str, Any]:
@@ -187,8 +194,8 @@ def _gpt2_values(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _seeing_values(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Idefics3 and SmolVLM: a vision tower, a pixel shuffle and one map in front of a decoder of its own config.
 
-    How many tiles an image is cut into stands in the preprocessor's config: one is taken. Fields of the tower that are
-    missing have the values of transformers' `Idefics3VisionConfig`.
+    How many tiles an image is cut into stands in the preprocessor's config: one is taken here. Fields of the tower that
+    are missing have the values of transformers' `Idefics3VisionConfig`.
     """
     text, vision = config["text_config"], config["vision_config"]
     for field, table in (("text_config", text), ("vision_config", vision)):
@@ -196,16 +203,88 @@ def _seeing_values(config: Mapping[str, Any], where: str) -> dict[str, Any]:
             raise InputError(f"{where}: {field} = {table!r} is not accepted: it should be a table")
     tied = config.get("tie_word_embeddings", False)
     values = spec_values({"model_type": "llama"} | dict(text) | {"tie_word_embeddings": tied}, where)
-    values["vision"] = {
-        "image_size": vision.get("image_size", 224),
-        "patch_size": vision.get("patch_size", 32),
-        "layers": vision.get("num_hidden_layers", 12),
-        "hidden": vision.get("hidden_size", 1152),
-        "heads": vision.get("num_attention_heads", 16),
-        "ffn_hidden": vision.get("intermediate_size", 3072),
-        "pixel_shuffle": config.get("scale_factor", 2),
-    }
+    seeing = _tower_values(vision, where, _IDEFICS3)
+    seeing |= {"pixel_shuffle": config.get("scale_factor", 2), "image_token": config.get("image_token_id")}
+    values["vision"] = {field: value for field, value in seeing.items() if value is not None}
     return values
+
+
+def tower_from_config(path: Path) -> VisionSpec:
+    """Read a SigLIP's ``config.json``: its vision tower, one token to a patch.
+
+    Raises
+    ------
+    InputError
+        If the file can't be read, or is another model's.
+    """
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as a Hugging Face config: {error}") from None
+    kind = config.get("model_type") if isinstance(config, Mapping) else None
+    if kind not in ("siglip", "siglip_vision_model"):
+        raise InputError(f"{path}: model_type = {kind!r} is not accepted: 'siglip' and 'siglip_vision_model' are")
+    vision = config.get("vision_config", {}) if kind == "siglip" else config
+    if not isinstance(vision, Mapping):
+        raise InputError(f"{path}: vision_config = {vision!r} is not accepted: it should be a table")
+    return validate(VisionSpec, _tower_values(vision, str(path), _SIGLIP), where=str(path))
+
+
+def _tower_values(vision: Mapping[str, Any], where: str, defaults: Mapping[str, int]) -> dict[str, Any]:
+    """The fields of a vision tower from the config of SigLIP's, or of Idefics3's, which is built alike."""
+    vision = {**defaults, **vision}
+    activation = vision.get("hidden_act", "gelu_pytorch_tanh")
+    if activation != "gelu_pytorch_tanh":
+        raise InputError(f"{where}: vision_config.hidden_act = {activation!r} is not accepted: 'gelu_pytorch_tanh' is")
+    if vision.get("num_channels", 3) != 3:
+        raise InputError(f"{where}: vision_config.num_channels = {vision['num_channels']!r} is not accepted: 3 is")
+    return {
+        "image_size": vision.get("image_size", 224),
+        "patch_size": vision["patch_size"],
+        "layers": vision.get("num_hidden_layers", 12),
+        "hidden": vision["hidden_size"],
+        "heads": vision["num_attention_heads"],
+        "ffn_hidden": vision.get("intermediate_size", 3072),
+        "norm_eps": vision.get("layer_norm_eps", 1e-6),
+    }
+
+
+def _tiles_beside(config: Path) -> dict[str, Any]:
+    """How many tiles an image is cut into, from the preprocessor's config beside a model's; nothing without one."""
+    path = config.with_name("preprocessor_config.json")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values.get("do_image_splitting") is False:
+            return {"tiles": 1}
+        side = values["size"]["longest_edge"] // values["max_image_size"]["longest_edge"]
+        return {"tiles": side * side + 1 if side > 1 else 1}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError):
+        raise InputError(
+            f"{path}: cannot be read as Idefics3's: size.longest_edge and max_image_size.longest_edge are needed"
+        ) from None
+
+
+def preprocessor_config(vision: VisionSpec) -> dict[str, Any]:
+    """The ``preprocessor_config.json`` of a network that sees: how transformers cuts its images into tiles."""
+    side = vision.tiles_per_side
+    return {
+        "image_processor_type": "Idefics3ImageProcessor",
+        "processor_class": "Idefics3Processor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "do_rescale": True,
+        "do_normalize": True,
+        "do_pad": True,
+        "do_image_splitting": side > 1,
+        "size": {"longest_edge": side * vision.image_size},
+        "max_image_size": {"longest_edge": vision.image_size},
+        "rescale_factor": 1 / 255,
+        "image_mean": [PIXEL_MEAN] * 3,
+        "image_std": [PIXEL_DEVIATION] * 3,
+        "resample": 1,
+    }
 
 
 def _qwen_experts(config: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -402,6 +481,8 @@ def _activation(config: Mapping[str, Any], where: str) -> str:
 
 def layout_of(model: ModelSpec) -> Layout:
     """The layout that a network has a place in, judged by its few telling fields."""
+    if model.vision is not None:
+        return "idefics3"
     if model.norm_placement == "sandwich":
         return "grok-1"
     if model.moe is not None:
@@ -433,6 +514,10 @@ def config_from_model(model: ModelSpec, layout: Layout | None = None, dtype: str
         If a field of the network has no place in the config: what is written always reads back as the same network.
     """
     layout, model = layout or layout_of(model), with_plain_base(model)
+    if model.vision is not None:
+        seeing = _seeing_config(model, model.vision, dtype)
+        _refuse_lossy(model, seeing, layout)
+        return seeing
     config: dict[str, Any] = {
         "architectures": [_ARCHITECTURES[layout]],
         "model_type": _model_type(model, layout),
@@ -473,6 +558,43 @@ def config_from_model(model: ModelSpec, layout: Layout | None = None, dtype: str
         config |= _grok_fields(model, layout) | _groks_rope_fields(model, layout)
     _refuse_lossy(model, config, layout)
     return config
+
+
+def _seeing_config(model: ModelSpec, vision: VisionSpec, dtype: str) -> dict[str, Any]:
+    """The inverse of `_seeing_values`."""
+    blind = model.model_copy(update={"vision": None})
+    if vision.connector_hidden is not None:
+        raise InputError(
+            f"model.vision.connector_hidden = {vision.connector_hidden} has no place in the config of "
+            f"{_ARCHITECTURES['idefics3']}: leaving it out is accepted"
+        )
+    if layout_of(blind) != "llama":
+        raise InputError(
+            f"model.vision has no place beside a decoder of the layout {layout_of(blind)}: one of Llama's is accepted"
+        )
+    return {
+        "architectures": [_ARCHITECTURES["idefics3"]],
+        "model_type": "idefics3",
+        "text_config": config_from_model(blind, "llama", dtype),
+        "vision_config": {
+            "model_type": "idefics3_vision",
+            "image_size": vision.image_size,
+            "patch_size": vision.patch_size,
+            "num_hidden_layers": vision.layers,
+            "hidden_size": vision.hidden,
+            "num_attention_heads": vision.heads,
+            "intermediate_size": vision.ffn_hidden,
+            "layer_norm_eps": vision.norm_eps,
+            "hidden_act": "gelu_pytorch_tanh",
+            "num_channels": 3,
+        },
+        "scale_factor": vision.pixel_shuffle,
+        "image_token_id": vision.image_token,
+        "tie_word_embeddings": model.tied_embeddings,
+        "vocab_size": model.vocab,
+        "pad_token_id": None,
+        "torch_dtype": dtype,
+    }
 
 
 def _model_type(model: ModelSpec, layout: Layout) -> str:
@@ -528,6 +650,11 @@ def _refuse_lossy(model: ModelSpec, config: Mapping[str, Any], layout: Layout) -
             continue
         if field == "attention_multiplier" and model.attention_scale == back.attention_scale:
             continue
+        if isinstance(given, VisionSpec) and isinstance(read, VisionSpec):
+            # Tiles stand in the preprocessor's config, and how many images a sequence has is the training's matter.
+            read = read.model_copy(update={"tiles": given.tiles, "images": given.images})
+            if given == read:
+                continue
         given, read = (v.model_dump(exclude_none=True) if isinstance(v, Section) else v for v in (given, read))
         raise InputError(
             f"model.{field} = {given!r} has no place in the config of {_ARCHITECTURES[layout]}: {read!r} is accepted"

@@ -8,6 +8,7 @@ without building it; `model/` builds the same count.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, Literal
@@ -18,6 +19,8 @@ from modelworks.spec.fields import PositiveFloat, PositiveInt, Section
 from modelworks.spec.rope import RopeScalingSpec
 
 NonNegativeInt = Annotated[int, Field(ge=0)]
+PIXEL_MEAN = PIXEL_DEVIATION = 0.5
+"""What is taken off a colour from 0 to 1, and what it is then divided by, before a vision tower sees it (SigLIP)."""
 
 
 class MoESpec(Section):
@@ -91,12 +94,15 @@ class VisionSpec(Section):
     ffn_hidden: PositiveInt
     pixel_shuffle: PositiveInt = 1
     """So many patches to each side become one token of the decoder."""
+    norm_eps: PositiveFloat = 1e-6
     connector_hidden: PositiveInt | None = None
     """Inner width of a connector of two maps and a GELU between them, with biases; unset for one map without bias."""
     tiles: PositiveInt = 1
-    """Tiles that an image is cut into, its thumbnail among them."""
+    """Tiles that an image is cut into at most, its thumbnail among them; 1 for the thumbnail alone."""
     images: PositiveInt = 1
     """Images in a training sequence; their tokens are part of its length."""
+    image_token: NonNegativeInt | None = None
+    """The token that holds the places of an image's tokens; a network is built with it, a plan does without."""
 
     @model_validator(mode="after")
     def _divisible(self) -> VisionSpec:
@@ -117,6 +123,16 @@ class VisionSpec(Section):
         return (self.image_size // self.patch_size) ** 2
 
     @property
+    def tokens_per_tile(self) -> int:
+        """Tokens of the decoder that a tile takes."""
+        return self.patches // self.pixel_shuffle**2
+
+    @property
+    def tiles_per_side(self) -> int:
+        """Tiles along an image's longer side; 1 where it isn't cut, since then the thumbnail shows as much."""
+        return max(1, math.isqrt(self.tiles - 1))
+
+    @property
     def tiles_per_sequence(self) -> int:
         """Tiles of all of a sequence's images."""
         return self.images * self.tiles
@@ -124,7 +140,7 @@ class VisionSpec(Section):
     @property
     def tokens_per_sequence(self) -> int:
         """Tokens of the decoder that a sequence's images take."""
-        return self.tiles_per_sequence * self.patches // self.pixel_shuffle**2
+        return self.tiles_per_sequence * self.tokens_per_tile
 
     @property
     def transformer(self) -> EncoderSpec:
@@ -135,7 +151,8 @@ class VisionSpec(Section):
         return EncoderSpec(
             name="vision", layers=self.layers, hidden=self.hidden, ffn_hidden=self.ffn_hidden, heads=self.heads,
             kv_heads=self.heads, head_dim=self.hidden // self.heads, vocab=1, context=self.patches, activation="gelu",
-            gated_mlp=False, norm="layer", position="learned", attention_bias=True, mlp_bias=True,
+            gated_mlp=False, norm="layer", norm_eps=self.norm_eps, position="learned", attention_bias=True,
+            mlp_bias=True,
         )  # fmt: skip
 
     def connector_maps(self, width: int) -> list[tuple[int, int]]:
@@ -252,6 +269,8 @@ class ModelSpec(Section):
             )
         if self.moe is not None and self.moe.dense_layers > self.layers:
             raise ValueError(f"moe.dense_layers = {self.moe.dense_layers} is more than layers = {self.layers}")
+        if self.vision is not None and (self.vision.image_token or 0) >= self.vocab:
+            raise ValueError(f"vision.image_token = {self.vision.image_token} is not below vocab = {self.vocab}")
         return self
 
     @property

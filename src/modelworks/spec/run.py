@@ -15,6 +15,7 @@ from modelworks.spec.fields import Bytes, Count, Duration, Fraction, PositiveFlo
 from modelworks.spec.hardware import ClusterSpec
 from modelworks.spec.launch import LaunchSpec
 from modelworks.spec.model import ModelSpec
+from modelworks.spec.reinforcement import GrpoSpec, RewardsSpec, TasksSpec
 from modelworks.spec.rope import RopeScalingSpec
 from modelworks.spec.simulation import SimulateSpec
 
@@ -37,32 +38,58 @@ class DataSpec(Section):
     """Where text comes from and how it becomes tokens."""
 
     source: str = "stdlib"
-    """`stdlib` (the Python standard library's sources and docs on this machine), `files`, or `hf:DATASET`."""
+    """`stdlib` (the Python standard library's sources and docs on this machine), `files`, `hf:DATASET`, `dialogues`
+    (conversations, of which the assistant's messages are learnt), `pairs` (a chosen and a rejected answer to each
+    prompt, for `train.objective = "dpo"`), `tasks` (prompts whose answers can be checked, for `"grpo"`: those of
+    `files`, else arithmetic), or `pictures` (conversations about pictures: those of `files`, else about pictures that
+    are drawn as they are needed, never one twice)."""
     files: list[str] = []
-    """Files, folders and patterns (txt, md, jsonl, parquet; gz and zst), for `source = "files"`."""
+    """Files, folders and patterns (txt, md, jsonl, parquet; gz and zst), for `source = "files"`; of dialogues, pairs,
+    tasks and pictures, jsonl and json."""
+    kinds: list[str] = []
+    """What is drawn for `source = "pictures"`: kinds of `modelworks data pictures`; all of them if empty."""
     text_field: str = "text"
     """The field of a JSON or Parquet record, or of a dataset, that holds the text."""
     split: str = "train"
     """The split of a Hugging Face dataset."""
     tokenizer: str = "bpe"
     """`bpe` (trained on the text itself, to `model.vocab` pieces), or the path of a `tokenizer.json`."""
+    chat_template: str = "auto"
+    """How dialogues are written out: `auto` (the template that comes with the tokenizer, else ChatML), or the path of a
+    Jinja file."""
     validation_fraction: Fraction = 0.01
-    """The share of documents held out, chosen by a hash of their text."""
+    """The share of documents or dialogues held out, chosen by a hash of their text."""
     max_bad_fraction: Fraction = 0.01
     """How many records may be unreadable before the run stops."""
     max_documents: PositiveInt | None = None
     max_bytes: Bytes | None = None
     """Stop reading the source after so many bytes of text."""
+    tasks: TasksSpec = TasksSpec()
+    """What arithmetic is made up where `source = "tasks"` has no `files`."""
 
     @model_validator(mode="after")
     def _known_source(self) -> DataSpec:
-        if self.source not in {"stdlib", "files"} and not self.source.startswith("hf:"):
-            raise ValueError(f"data.source = {self.source!r} is not accepted: stdlib, files or hf:DATASET is")
+        known = {"stdlib", "files", "dialogues", "pairs", "tasks", "pictures"}
+        if self.source not in known and not self.source.startswith("hf:"):
+            raise ValueError(
+                f"data.source = {self.source!r} is not accepted: stdlib, files, dialogues, pairs, tasks, pictures or "
+                "hf:DATASET is"
+            )
         if self.source == "hf:":
             raise ValueError("data.source = 'hf:' names no dataset: hf:DATASET is accepted")
-        if self.source == "files" and not self.files:
-            raise ValueError('data.files is missing: data.source = "files" needs at least one file, folder or pattern')
+        if self.source in {"files", "dialogues", "pairs"} and not self.files:
+            raise ValueError(
+                f'data.files is missing: data.source = "{self.source}" needs at least one file, folder or pattern'
+            )
+        if self.tasks != TasksSpec() and (self.source != "tasks" or self.files):
+            beside = "data.files" if self.source == "tasks" else f"data.source = {self.source!r}"
+            raise ValueError(
+                f"[data.tasks] is not accepted with {beside}: it says what tasks are made up without files"
+            )
         return self
+
+
+Objective = Literal["next-token", "signs", "dpo", "grpo"]
 
 
 class TrainSpec(Section):
@@ -73,10 +100,18 @@ class TrainSpec(Section):
     ones if unset. Where they are a dense network's and the model has experts, each of these begins as a copy. The
     network's context and how it is reached may differ too. Unless `data.tokenizer` names the same one, their tokenizer
     is taken."""
+    trains: Literal["all", "connector"] = "all"
+    """What changes: all weights, or of a network that sees the connector between its tower and its decoder alone."""
+    objective: Objective = "next-token"
+    """What is minimised: the cross-entropy of each next token, that of the sign in each square of drawn pictures (the
+    eyes alone learn, and the head that they are read by), `[dpo]`'s loss on pairs of answers, or `[grpo]`'s on the
+    network's own replies to tasks."""
+    sign_weight: NonNegativeFloat = 0.0
+    """Weight of the loss of `signs` that is added to that of the next token."""
     tokens: Count = 2_000_000
     seq_len: PositiveInt = 512
     global_batch: PositiveInt = 32
-    """Sequences per optimizer step."""
+    """Sequences per optimizer step; with `grpo`, replies."""
     document_mask: bool = False
     """Whether a token attends to its own document alone where a sequence holds parts of several."""
     restart_positions: bool = False
@@ -93,6 +128,8 @@ class TrainSpec(Section):
     weights stay in fp32."""
     learning_rate: PositiveFloat = 1e-3
     """AdamW's peak."""
+    tower_learning_rate: PositiveFloat | None = None
+    """AdamW's peak for a vision tower; `learning_rate` if unset."""
     matrix_learning_rate: PositiveFloat = 0.02
     """Muon's peak."""
     beta1: Fraction = 0.9
@@ -124,6 +161,11 @@ class TrainSpec(Section):
     compilation, the last validation and the release don't."""
 
     @property
+    def learns_signs(self) -> bool:
+        """Whether what is written in drawn pictures is a target."""
+        return self.objective == "signs" or self.sign_weight > 0
+
+    @property
     def tokens_per_step(self) -> int:
         """Tokens in one optimizer step."""
         return self.global_batch * self.seq_len
@@ -140,16 +182,67 @@ class TrainSpec(Section):
         return self
 
 
+AdapterTarget = Literal["q", "k", "v", "o", "gate", "up", "down"]
+
+
+class AdapterSpec(Section):
+    """What is trained instead of the network's own weights, which stay as they are."""
+
+    kind: Literal["lora", "dora"] = "lora"
+    """`lora`: each target's matrix gets a product of two narrow ones added (Hu et al. 2021, arXiv:2106.09685); `dora`:
+    moreover each of its rows a length of its own (Liu et al. 2024, arXiv:2402.09353)."""
+    rank: PositiveInt = 16
+    """The narrow matrices' width."""
+    alpha: PositiveFloat = 32.0
+    """The product is multiplied with `alpha / rank`."""
+    targets: list[AdapterTarget] = ["q", "k", "v", "o", "gate", "up", "down"]
+    """Which of the blocks' linear maps are adapted: attention's four and the feed-forward network's three."""
+    dropout: Fraction = 0.0
+    """Share of a target's inputs that the narrow matrices don't see, drawn anew in each step."""
+
+    @model_validator(mode="after")
+    def _usable(self) -> AdapterSpec:
+        if not self.targets:
+            raise ValueError("adapter.targets = [] is not accepted: at least one of q, k, v, o, gate, up, down is")
+        if self.dropout >= 1.0:
+            raise ValueError(f"adapter.dropout = {self.dropout} is not accepted: less than 1 is")
+        return self
+
+
+class DpoSpec(Section):
+    """Preference training on pairs of answers (Rafailov et al. 2023, arXiv:2305.18290); the reference is the network
+    without its adapter."""
+
+    beta: PositiveFloat = 0.1
+    """What the log-ratio of the network to the reference is multiplied with to make a reward: the larger, the closer
+    the network stays to the reference."""
+    label_smoothing: NonNegativeFloat = 0.0
+    """The share of pairs that are taken to be the wrong way round."""
+    sft_weight: NonNegativeFloat = 0.0
+    """Weight of the chosen answer's cross-entropy per token, which is added (Pang et al. 2024, arXiv:2404.19733)."""
+
+    @model_validator(mode="after")
+    def _mostly_right(self) -> DpoSpec:
+        if self.label_smoothing >= 0.5:
+            raise ValueError(f"dpo.label_smoothing = {self.label_smoothing} is not accepted: less than 0.5 is")
+        return self
+
+
 class StageSpec(Section):
     """A later part of the training, as a run of its own: what it has otherwise than the part before it."""
 
     name: RunName
     """Ends the name of its run: NAME-STAGE."""
+    trains: Literal["all", "connector"] | None = None
+    objective: Objective | None = None
+    sign_weight: NonNegativeFloat | None = None
     tokens: Count | None = None
+    max_time: Duration | None = None
     seq_len: PositiveInt | None = None
     """`model.context` grows to it where it is shorter."""
     global_batch: PositiveInt | None = None
     learning_rate: PositiveFloat | None = None
+    tower_learning_rate: PositiveFloat | None = None
     matrix_learning_rate: PositiveFloat | None = None
     document_mask: bool | None = None
     context: PositiveInt | None = None
@@ -158,6 +251,8 @@ class StageSpec(Section):
     """In place of the one before, as a whole."""
     files: list[str] | None = None
     """Text of its own, as `data.files`."""
+    kinds: list[str] | None = None
+    """Drawn pictures of its own, as `data.kinds`."""
 
 
 class ParallelSpec(Section):
@@ -231,7 +326,8 @@ class GuardSpec(Section):
 class ReleaseSpec(Section):
     """What a finished run is turned into."""
 
-    to: list[Literal["safetensors", "gguf"]] = []
+    to: list[Literal["safetensors", "gguf", "peft", "gguf-adapter"]] = []
+    """Whole weights for Hugging Face and llama.cpp, an adapter's merged into them; the adapter alone for each."""
     quantize: list[Literal["f32", "f16", "bf16", "q8_0", "q4_k"]] = ["q8_0"]
     """Precisions of the GGUF files."""
     license: str = "Apache-2.0"
@@ -244,6 +340,12 @@ class RunSpec(Section):
     model: ModelSpec
     data: DataSpec = DataSpec()
     train: TrainSpec = TrainSpec()
+    adapter: AdapterSpec | None = None
+    """Trained instead of the network's weights, which are those of `train.init_from`; without it, all weights are."""
+    dpo: DpoSpec = DpoSpec()
+    grpo: GrpoSpec = GrpoSpec()
+    rewards: RewardsSpec = RewardsSpec()
+    """What a reply is worth to `grpo`."""
     stages: list[StageSpec] = []
     """What follows on the training, one part after another, each a run of its own (`spec.stages.chain`)."""
     stage: str = ""
@@ -295,6 +397,14 @@ class RunSpec(Section):
             )
         if len({stage.name for stage in self.stages}) < len(self.stages):
             raise ValueError("stages: each needs a name of its own")
+        self._adapts_something()
+        if self.data.source == "dialogues" and self.data.tokenizer == "bpe" and self.train.init_from is None:
+            raise ValueError(
+                "data.source = 'dialogues' needs a model that reads already: train.init_from, or the path of a "
+                "tokenizer.json as data.tokenizer"
+            )
+        self._prefers_something()
+        self._is_rewarded()
         self._fits_vision()
         self._fills_stages()
         self._fills_cluster()
@@ -308,10 +418,79 @@ class RunSpec(Section):
         """Over how many nodes an engine spreads the run."""
         return self.launch.nodes or self.cluster.nodes
 
+    def _adapts_something(self) -> None:
+        """Refuse an adapter of random weights or of maps that the network doesn't have, and its release without one."""
+        adapter, moe = self.adapter, self.model.moe
+        for kind in ("peft", "gguf-adapter"):
+            if kind in self.release.to and (adapter is None or (kind == "gguf-adapter" and adapter.kind == "dora")):
+                without = "an [adapter]" if adapter is None else "adapter.kind = 'lora': llama.cpp knows no DoRA"
+                raise ValueError(f"release.to = {kind!r} is not accepted without {without}; safetensors and gguf are")
+        if adapter is None:
+            return
+        if self.train.init_from is None:
+            raise ValueError(
+                "[adapter] needs train.init_from: it changes weights that are there, such as an imported model's"
+            )
+        in_mlp = [target for target in adapter.targets if target in ("gate", "up", "down")]
+        if in_mlp and moe is not None and not moe.residual and self.model.dense_layers == 0:
+            raise ValueError(
+                f"adapter.targets = {in_mlp[0]!r} is not accepted: the network has experts in every layer, which are "
+                "not adapted; q, k, v and o are"
+            )
+
+    def _prefers_something(self) -> None:
+        """Refuse preference training without pairs or an adapter, pairs without it, and its settings where unused."""
+        source, prefers = self.data.source, self.train.objective == "dpo"
+        if prefers and source != "pairs":
+            raise ValueError(f"train.objective = 'dpo' needs data.source = 'pairs', not {source!r}")
+        if prefers and self.adapter is None:
+            raise ValueError(
+                "train.objective = 'dpo' needs an [adapter]: the network without it is the reference, which is then in "
+                "memory once"
+            )
+        if not prefers and source == "pairs":
+            raise ValueError("data.source = 'pairs' is not accepted without train.objective = 'dpo'")
+        if not prefers and self.dpo != DpoSpec():
+            raise ValueError("[dpo] is not accepted without train.objective = 'dpo'")
+
+    def _is_rewarded(self) -> None:
+        """Refuse reinforcement without tasks or a network that replies already, what it has no room for, and tasks and
+        its settings without it."""
+        source, grpo, train = self.data.source, self.grpo, self.train
+        if train.objective != "grpo":
+            if source == "tasks":
+                raise ValueError("data.source = 'tasks' is not accepted without train.objective = 'grpo'")
+            for name, unused in (("grpo", grpo == GrpoSpec()), ("rewards", self.rewards == RewardsSpec())):
+                if not unused:
+                    raise ValueError(f"[{name}] is not accepted without train.objective = 'grpo'")
+            return
+        if source != "tasks":
+            raise ValueError(f"train.objective = 'grpo' needs data.source = 'tasks', not {source!r}")
+        if train.init_from is None:
+            raise ValueError("train.objective = 'grpo' needs train.init_from: a network that gets some answers right")
+        if train.global_batch % grpo.group:
+            raise ValueError(f"grpo.group = {grpo.group} doesn't divide train.global_batch = {train.global_batch}")
+        if grpo.max_new_tokens >= train.seq_len:
+            raise ValueError(
+                f"grpo.max_new_tokens = {grpo.max_new_tokens} leaves a prompt no room in train.seq_len = "
+                f"{train.seq_len}: less is accepted"
+            )
+        if grpo.kl and self.adapter is None:
+            raise ValueError(
+                "grpo.kl is not accepted above 0 without an [adapter]: the network without it is the reference"
+            )
+        if self.model.vision is not None:
+            raise ValueError("train.objective = 'grpo' is not accepted with [model.vision]: a network of text is")
+
     def _fits_vision(self) -> None:
         """Refuse more images than a sequence holds, and a tensor degree that doesn't split the vision tower."""
         vision, tensor = self.model.vision, self.parallel.tensor
+        self._knows_signs()
         if vision is None:
+            if self.data.source == "pictures":
+                raise ValueError("data.source = 'pictures' needs a network that sees: [model.vision]")
+            if self.train.trains != "all":
+                raise ValueError(f"train.trains = {self.train.trains!r} is not accepted without [model.vision]: all is")
             return
         if vision.tokens_per_sequence > self.train.seq_len:
             raise ValueError(
@@ -323,6 +502,22 @@ class RunSpec(Section):
                 raise ValueError(
                     f"parallel.tensor = {tensor} doesn't divide model.vision.{field} = {getattr(vision, field)}"
                 )
+
+    def _knows_signs(self) -> None:
+        """Refuse to teach signs where it isn't known where they stand."""
+        train, vision = self.train, self.model.vision
+        if not train.learns_signs:
+            return
+        whole = train.objective == "signs"
+        field = "train.objective = 'signs'" if whole else f"train.sign_weight = {train.sign_weight}"
+        if train.sign_weight and train.objective != "next-token":
+            raise ValueError(f"train.sign_weight is not accepted with train.objective = {train.objective!r}: 0 is")
+        if vision is None or self.data.source != "pictures" or self.data.files:
+            raise ValueError(f"{field} needs pictures that are drawn: data.source = 'pictures' without data.files")
+        if vision.tiles > 1:
+            raise ValueError(f"{field} is not accepted with model.vision.tiles = {vision.tiles}: 1 is")
+        if train.trains != "all" or self.adapter is not None:
+            raise ValueError(f"{field} is not accepted with train.trains = 'connector' or an [adapter]: the eyes learn")
 
     def _fills_stages(self) -> None:
         """Refuse a pipeline of more chunks than layers, and a schedule that its chunks don't go with."""

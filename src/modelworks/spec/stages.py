@@ -13,7 +13,7 @@ from modelworks.spec.fields import nearest, validate
 from modelworks.spec.run import RunSpec, StageSpec
 
 _MODEL = ("rope_base", "rope_scaling", "context")
-_DATA = ("files",)
+_DATA = ("files", "kinds")
 
 
 def chain(spec: RunSpec) -> list[RunSpec]:
