@@ -1,7 +1,7 @@
 """A tiny run on a small text of the test's own making."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -30,8 +30,17 @@ def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder, with a home in it, for all tests of a file, so that the text is packed once."""
+    folder = tmp_path_factory.mktemp("parallel")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MODELWORKS_HOME", str(folder / "home"))
+        yield folder
+
+
 @pytest.fixture
-def make_spec(home: Path, text_folder: Path) -> MakeSpec:
+def make_spec(measured_home: Path, text_folder: Path) -> MakeSpec:
     """A tiny mixture of experts of Grok's shape; keyword arguments go into [train], `sections` over all."""
 
     def make(name: str = "tiny", sections: dict[str, dict[str, object]] | None = None, **train: object) -> RunSpec:

@@ -1,7 +1,8 @@
 """Several processes that run one function together, for tests of what they do to each other.
 
 They are forked from a server that has loaded PyTorch, since importing it takes longer than most tests, and end with the
-call: PyTorch keeps the threads of every group that a process has ever been in.
+call: PyTorch keeps the threads of every group that a process has ever been in. Python has one such server in a process,
+which a run's agent uses as well: whoever starts it here has it import the same, for all tests that follow.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from modelworks.launch import forked
+from modelworks.train.worker import PRELOADED
+
 # The processes find a test's functions by its module's name, `tests.train...`, from the folder above.
 sys.path.insert(0, str(Path(__file__).parents[2]))
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    ["torch", "torch.distributed.fsdp", "torch.distributed.tensor", "modelworks.train.loop"]
-)
+forked.preload([*PRELOADED, "pytest"])
 
 
 def together(count: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 300.0) -> list[Any]:
@@ -72,10 +74,14 @@ def _member(
     import torch
     import torch.distributed as dist
 
+    from modelworks.train import machine
     from modelworks.train.ranks import Ranks
 
     torch.set_num_threads(1)
     os.environ.update(environment)
+    # No test looks at how fast this machine multiplies, which each process would measure for half a second.
+    measure = machine.matmul_flops
+    machine.matmul_flops = lambda precision, budget_s=1.0: measure(precision, budget_s / 50)
     try:
         if count > 1:
             store = dist.FileStore(str(folder / "store"), count)

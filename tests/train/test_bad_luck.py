@@ -20,12 +20,13 @@ from modelworks.model import checkpoint
 from modelworks.spec.files import dumps
 from modelworks.spec.home import runs_folder
 from modelworks.spec.run import RunSpec
-from modelworks.train.loop import prepare_data, train
+from modelworks.train.loop import train
+from modelworks.train.preparing import prepare_data
 from modelworks.train.record import RunRecord
 from modelworks.train.session import open_run
 from modelworks.train.view import NoView
 from modelworks.train.watchdog import Watchdog
-from modelworks.train.worker import FINAL_CODES
+from modelworks.train.worker import FINAL_CODES, PRELOADED
 
 pytestmark = pytest.mark.slow
 MakeSpec = Callable[..., RunSpec]
@@ -70,6 +71,7 @@ def _train_with(spec: RunSpec, code: str, folder: Path) -> Processes:
             FINAL_CODES,
             lambda: float(len(record.checkpoints())),
             Watchdog(pulses, spec.cluster.gpus, HANG_S),
+            preload=PRELOADED,
         )
         deadline = time.monotonic() + 240
         try:

@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 from processes import together
-from test_parallel import make
+from tiny_runs import make
 
 from modelworks.plan.emit import emit
 from modelworks.plan_command import run_of, trainable

@@ -11,7 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from processes import together
-from test_parallel import folder, make, train_some  # noqa: F401 - `folder` is a fixture
+from tiny_runs import make, train_some
 
 from modelworks.model.experts import grouped_linear
 from modelworks.spec.errors import InputError
@@ -86,7 +86,7 @@ def test_groups_are_multiplied_each_by_its_matrix() -> None:
     assert not found[1].grad[1].any()  # type: ignore[index]
 
 
-def train_in_fp8(ranks: Ranks, folder: Path, spec: RunSpec, steps: int) -> dict[str, Any]:  # noqa: F811
+def train_in_fp8(ranks: Ranks, folder: Path, spec: RunSpec, steps: int) -> dict[str, Any]:
     """A run as on a GPU that multiplies fp8, but on this processor, which does it slowly."""
     before, loop.resolve = loop.resolve, lambda stated: FP8
     try:
@@ -95,7 +95,7 @@ def train_in_fp8(ranks: Ranks, folder: Path, spec: RunSpec, steps: int) -> dict[
         loop.resolve = before
 
 
-def test_networks_learn_in_fp8_nearly_as_much_as_in_fp32(text_folder: Path, folder: Path) -> None:  # noqa: F811
+def test_networks_learn_in_fp8_nearly_as_much_as_in_fp32(text_folder: Path, folder: Path) -> None:
     """On one process, and on two that share heads and the columns of experts."""
     layouts: list[tuple[int, dict[str, Any]]] = [(1, {}), (2, {"tensor": 2, "expert_tensor": 2})]
     losses = {}

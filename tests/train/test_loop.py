@@ -17,8 +17,9 @@ from modelworks.model.decoder import Decoder
 from modelworks.spec.errors import InputError, OperationError
 from modelworks.spec.home import data_folder, runs_folder
 from modelworks.spec.run import RunSpec
-from modelworks.train.loop import Trainer, TrainResult, train
+from modelworks.train.loop import Trainer, train
 from modelworks.train.record import RunRecord
+from modelworks.train.result import TrainResult
 from modelworks.train.session import open_run
 from modelworks.train.view import NoView
 
@@ -120,6 +121,18 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_run_ends_the_same(
     assert "damaged" in caplog.text
     assert result.step == 40
     assert all(torch.equal(tensor, expected[name]) for name, tensor in _weights(spec, 40).items())
+
+
+def test_a_damaged_checkpoint_is_not_the_newest_of_a_run_that_has_passed_it_over(make_spec: MakeSpec) -> None:
+    def spec(steps: int) -> RunSpec:
+        return make_spec(tokens=128 * steps, sections={"checkpoint": {"every_steps": 2, "keep": 2}})
+
+    _train(spec(6))
+    (RunRecord("tiny").checkpoints()[-1] / "state.json").write_bytes(b"damaged")
+    result = _train(spec(5), resume=True)
+    assert result.step == 5
+    assert RunRecord("tiny").checkpoints()[-1] == result.checkpoint
+    assert [path.name for path in RunRecord("tiny").checkpoints()] == ["step-00000004", "step-00000005"]
 
 
 def test_without_any_whole_checkpoint_a_resume_says_so(make_spec: MakeSpec) -> None:
@@ -239,7 +252,7 @@ def test_a_time_budget_ends_the_run_with_the_schedule_decayed(make_spec: MakeSpe
     assert result.state == "finished"
     assert result.elapsed_s >= 1.5
     assert rows[0]["learning_rate"] == pytest.approx(1e-3)
-    assert rows[-1]["learning_rate"] < 4e-4
+    assert rows[-1]["learning_rate"] < 6e-4  # it ends at 0, but a busy machine takes few steps in that time
 
 
 def test_time_used_up_by_a_checkpoint_still_ends_the_run_with_its_final_rate_and_a_validation(
@@ -248,18 +261,17 @@ def test_time_used_up_by_a_checkpoint_still_ends_the_run_with_its_final_rate_and
     save = checkpoint.save
 
     def slowly(*arguments: Any) -> Path:
-        time.sleep(0.6)
+        time.sleep(3.1)
         return save(*arguments)
 
     monkeypatch.setattr(checkpoint, "save", slowly)
-    budget = {"max_time": 1.5, "validate_every": 0, "warmup_fraction": 0.0, "final_fraction": 0.25}
+    budget = {"max_time": 3.0, "validate_every": 0, "warmup_fraction": 0.0, "final_fraction": 0.25}
     result = _train(
         make_spec(tokens=10_000_000, sections={"checkpoint": {"every_steps": 1, "asynchronous": False}}, **budget)
     )
     rows = RunRecord("tiny").metrics()
     assert result.state == "finished"
-    assert result.step <= 4
-    assert rows[-1]["step"] == result.step
+    assert rows[-1]["step"] == result.step == 2
     assert rows[-1]["validation_bpb"] == result.validation_bpb is not None
     assert rows[-1]["learning_rate"] == pytest.approx(0.25e-3)
 

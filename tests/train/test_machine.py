@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from modelworks.spec.files import device_spec
+from modelworks.spec.hardware import CollectiveTime
 from modelworks.train import machine
 from modelworks.train.collectives import SIZES, measure_collectives
 
@@ -43,9 +44,14 @@ def test_the_disk_is_measured_in_the_home_folder_and_leaves_nothing_there(home: 
     assert list(home.iterdir()) == []
 
 
+@pytest.fixture(scope="module")
+def times() -> list[CollectiveTime]:
+    """Collectives between two processes."""
+    return measure_collectives((2,))
+
+
 @pytest.mark.slow
-def test_collectives_are_measured_by_kind_number_and_size() -> None:
-    times = measure_collectives((2,))
+def test_collectives_are_measured_by_kind_number_and_size(times: list[CollectiveTime]) -> None:
     assert {(time.kind, time.ranks, time.bytes) for time in times} == {
         (kind, 2, size) for kind in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all") for size in SIZES
     }
@@ -55,7 +61,12 @@ def test_collectives_are_measured_by_kind_number_and_size() -> None:
 
 
 @pytest.mark.slow
-def test_a_hardware_file_reads_back_as_it_was_measured(home: Path) -> None:
+def test_a_hardware_file_reads_back_as_it_was_measured(
+    home: Path, times: list[CollectiveTime], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Shapes that take longer are left out, and no more processes are started.
+    monkeypatch.setattr(machine, "_LONGEST_S", 0.01)
+    monkeypatch.setattr(machine, "measure_collectives", lambda: times)
     said: list[tuple[str, float]] = []
     device = machine.measure(0.3, lambda what, done: said.append((what, done)), tables=True)
     path = machine.write_hardware_file(device)

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 from processes import together
-from test_parallel import make
+from tiny_runs import make
 
 from modelworks.model.decoder import Decoder
 from modelworks.spec.run import RunSpec

@@ -13,7 +13,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 from processes import together
-from test_parallel import folder, make, run, train_on  # noqa: F401 - `folder` is a fixture
+from tiny_runs import make, run, train_on
 
 from modelworks.model import checkpoint
 from modelworks.spec.run import RunSpec
@@ -117,7 +117,7 @@ def test_a_run_learns_as_well_and_resumes_to_the_same_bits(make_spec: MakeSpec, 
     assert all(torch.equal(value, parts[key]) for key, value in whole.items())
 
 
-def test_moments_in_bf16_move_to_other_layouts(text_folder: Path, folder: Path) -> None:  # noqa: F811
+def test_moments_in_bf16_move_to_other_layouts(text_folder: Path, folder: Path) -> None:
     """Muon's, and AdamW's of what isn't a matrix: on two processes that share experts, then four with stages, then one.
 
     The losses are those of one process all the way, but for what a moment that was rounded the other way, since its
@@ -129,11 +129,11 @@ def test_moments_in_bf16_move_to_other_layouts(text_folder: Path, folder: Path) 
         trained = spec.train.model_copy(update={"optimizer_state": "bf16"})
         return spec.model_copy(update={"name": name, "train": trained})
 
-    alone = run(low("alone-low", 1), folder, 9)[0]
+    alone = run(low("alone-low", 1), folder, 6)[0]
     losses: list[float] = []
     hops = [(2, {"zero_stage": 3, "expert": 2}), (4, {"pipeline": 2, "zero_stage": 1, "tensor": 2}), (1, {})]
     for place, (processes, parallel) in enumerate(hops):
         moved = low("moved-low", processes, **parallel)
         with open_run(moved, resume=place > 0, folder=folder / "runs" / "moved-low") as session:
-            losses += together(processes, train_on, session.folder, moved, place > 0, 3)[0]
+            losses += together(processes, train_on, session.folder, moved, place > 0, 2)[0]
     assert losses == pytest.approx([row["loss"] for row in alone["rows"]], rel=3e-5)

@@ -6,7 +6,6 @@ The layouts are all that the spec's degrees allow. One process on the same micro
 from __future__ import annotations
 
 import itertools
-import os
 import shutil
 import sys
 from collections import Counter
@@ -16,115 +15,34 @@ from typing import Any
 
 import pytest
 import torch
-from torch._dynamo.utils import counters
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parent))
 from processes import together
+from tiny_runs import (
+    DEEP,
+    SHALLOW,
+    TOLERANCE,
+    assert_alike,
+    first_step,
+    largest_difference,
+    make,
+    oracle,
+    run,
+    train_on,
+)
 
 from modelworks.model import checkpoint
 from modelworks.model.decoder import Decoder
 from modelworks.spec.errors import InputError
 from modelworks.spec.files import run_from
-from modelworks.spec.run import RunSpec
 from modelworks.train.layout import layout
-from modelworks.train.loop import Trainer
 from modelworks.train.parallelize import Parallel
 from modelworks.train.ranks import Ranks
-from modelworks.train.session import MemberSession, open_run
-from modelworks.train.view import NoView
+from modelworks.train.session import open_run
 
-STEPS = 20
-FEWER = int(os.environ.get("MODELWORKS_TEST_STEPS", "8"))
-"""Of the many layouts of four and eight processes, for the sake of time."""
-TOLERANCE = 1e-5
 SCHEDULES = (("1f1b", 1), ("interleaved", 2), ("zero-bubble", 1))
 """With the chunks that each has on a stage."""
-SHALLOW, DEEP = 2, 5
-"""Layers of the networks: two, for a pipeline such that they don't divide by its stages, and for many stages five."""
-NETWORKS: dict[str, dict[str, Any]] = {
-    "mixture": {
-        "activation": "gelu",
-        "norm_placement": "sandwich",
-        "attention_softcap": 30.0,
-        "embedding_multiplier": 8.0,
-        "tied_embeddings": True,
-        "moe": {"experts": 4, "top_k": 2, "expert_hidden": 64},
-    },
-    # Fewer experts than processes that share their weights, or as many as can't be dealt out evenly.
-    "few": {"moe": {"experts": 2, "top_k": 1, "expert_hidden": 64}},
-    "odd": {"moe": {"experts": 3, "top_k": 2, "expert_hidden": 64}},
-    "residual": {
-        "activation": "gelu",
-        "norm_placement": "sandwich",
-        "ffn_hidden": 96,
-        "attention_softcap": 30.0,
-        "attention_temperature_length": 8,
-        "output_softcap": 20.0,
-        "moe": {"experts": 4, "top_k": 2, "expert_hidden": 64, "residual": True, "router_softcap": 1.0},
-    },
-    "windowed": {"ffn_hidden": 96, "sliding_window": 10, "nope_interval": 2},
-    "biased": {"ffn_hidden": 96, "qkv_bias": True, "sliding_window": 10},
-    "dense": {
-        "ffn_hidden": 96,
-        "tied_embeddings": False,
-        "attention_bias": True,
-        "mlp_bias": True,
-        "qk_norm": True,
-        "output_softcap": 20.0,
-    },
-}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A home folder for all tests of this file, so that the text is packed once."""
-    folder = tmp_path_factory.mktemp("parallel")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MODELWORKS_HOME", str(folder / "home"))
-        yield folder
-
-
-def make(
-    network: str,
-    optimizer: str,
-    text: Path | None = None,
-    processes: int = 1,
-    layers: int | None = None,
-    micro_batch: int | None = None,
-    compiled: bool = False,
-    **parallel: Any,
-) -> RunSpec:
-    """A tiny run of a network on so many processes.
-
-    A process without a pipeline has two micro batches in a step where it has all data, for the sake of time.
-    """
-    stages = parallel.get("pipeline", 1)
-    chunks = stages * parallel.get("virtual_stages", 1)
-    layers = layers or (SHALLOW if stages == 1 else SHALLOW + 1 if chunks == 2 else DEEP)
-    micro_batch = micro_batch or (4 if parallel.get("data", 1) == stages == 1 else 2)
-    model = {"layers": layers, "hidden": 64, "heads": 4, "kv_heads": 4, "vocab": 512, "context": 64}
-    return run_from(
-        {
-            "name": f"{network}-{optimizer}-"
-            + "-".join(map(str, (layers, micro_batch, processes, *parallel.values()))),
-            "model": model | NETWORKS[network],
-            "data": {"source": "files", "files": [str(text or "text")], "validation_fraction": 0.2},
-            "train": {
-                "tokens": 40 * 8 * 32,
-                "seq_len": 32,
-                "global_batch": 8,
-                "micro_batch": micro_batch,
-                "precision": "fp32",
-                "optimizer": optimizer,
-                "compile": compiled,
-                "validation_tokens": 512,
-            },
-            "parallel": parallel,
-            "cluster": {"preset": "local"} | dict.fromkeys(("gpus", "gpus_per_node", "scale_up_domain"), processes),
-        }
-    )
 
 
 def layouts(network: str, processes: int) -> Iterator[dict[str, Any]]:
@@ -199,82 +117,13 @@ def _covering(cases: list[set[Any]]) -> set[int]:
     return taken
 
 
-def train_some(ranks: Ranks, folder: Path, spec: RunSpec, steps: int) -> dict[str, Any]:
-    """The losses of a new run's first steps, and of its first step the gradients, whole."""
-    trainer = Trainer(MemberSession(folder, spec, False, ranks.first), NoView(), ranks)
-    counters.clear()
-    trainer._compile()
-    graphs = counters["stats"]["unique_graphs"]
-    gradients: dict[str, Any] = {}
-    forget = trainer.optimizers.zero_grad
-
-    def keep_first() -> None:
-        if not gradients:
-            for name, parameter in trainer.decoder.named_parameters():
-                assert parameter.grad is not None
-                whole = trainer.parallel.whole(name, parameter.grad)
-                gradients[name] = (whole.full_tensor() if isinstance(whole, DTensor) else whole).clone().numpy()
-        forget()
-
-    trainer.optimizers.zero_grad = keep_first  # type: ignore[method-assign]
-    rows = [trainer.one_step() for _ in range(steps)]
-    validation = trainer._validate()
-    trainer.close()
-    return {"rows": rows, "gradients": gradients, "validation": validation, "graphs": graphs}
-
-
-def run(spec: RunSpec, folder: Path, steps: int = STEPS) -> list[dict[str, Any]]:
-    """Train a new run of a spec on as many processes as its cluster has devices."""
-    with open_run(spec, folder=folder / "runs" / spec.name) as session:
-        return together(spec.cluster.gpus, train_some, session.folder, spec, steps)
-
-
-def largest_difference(left: Any, right: Any) -> float:
-    """The largest difference of two tensors over the second's size."""
-    left, right = torch.as_tensor(left), torch.as_tensor(right)
-    return float((left - right).abs().max() / right.abs().max().clamp(min=1e-12))
-
-
-def assert_alike(found: list[dict[str, Any]], expected: dict[str, Any]) -> None:
-    """Hold losses, norms, loads and gradients that several processes report against the oracle's."""
-    seen = set()
-    for of_process in found:
-        for name, gradient in of_process["gradients"].items():
-            seen.add(name)
-            assert largest_difference(gradient, expected["gradients"][name]) < 1e-4, name
-        for row, oracle in zip(of_process["rows"], expected["rows"], strict=True):
-            for quantity in ("loss", "cross_entropy", "load_balance_loss", "router_z_loss"):
-                expectation = pytest.approx(oracle[quantity], rel=TOLERANCE, abs=1e-12)
-                assert row[quantity] == expectation, (row["step"], quantity)
-        row, oracle = of_process["rows"][0], expected["rows"][0]
-        assert row["grad_norm"] == pytest.approx(oracle["grad_norm"], rel=TOLERANCE)
-        assert row["expert_load"] == pytest.approx(oracle["expert_load"], rel=1e-6)
-        assert of_process["validation"] == pytest.approx(expected["validation"], rel=TOLERANCE)
-    assert seen == set(expected["gradients"])  # each stage of a pipeline has some
-
-
-_oracles: dict[str, dict[str, Any]] = {}
-
-
-def oracle(network: str, optimizer: str, text: Path, folder: Path, like: RunSpec, steps: int = STEPS) -> dict[str, Any]:
-    """What one process makes of a run of as many layers, on the same micro batches."""
-    micro_batch = like.train.micro_batch
-    assert micro_batch != "auto"
-    spec = make(network, optimizer, text, layers=like.model.layers, micro_batch=micro_batch)
-    spec = spec.model_copy(update={"name": f"{spec.name}-{steps}"})
-    if spec.name not in _oracles:
-        _oracles[spec.name] = run(spec, folder, steps)[0]
-    return _oracles[spec.name]
-
-
 def check_layout(
     network: str, optimizer: str, processes: int, fields: dict[str, Any], text: Path, folder: Path
 ) -> None:
-    steps = STEPS if processes == 2 else FEWER
     spec = make(network, optimizer, text, processes, **fields)
-    expected = oracle(network, optimizer, text, folder, spec, steps)
+    expected = oracle(network, optimizer, text, folder, spec)
     assert expected["rows"][-1]["loss"] < expected["rows"][0]["loss"]
-    assert_alike(run(spec, folder, steps), expected)
+    assert_alike(run(spec, folder), expected)
 
 
 @pytest.mark.parametrize(("network", "optimizer", "processes", "fields"), _cases(2))
@@ -357,11 +206,7 @@ def _eights() -> list[dict[str, Any]]:
 )
 def test_a_layout_of_eight_processes_trains_like_one(fields: dict[str, Any], text_folder: Path, folder: Path) -> None:
     spec = make("mixture", "adamw", text_folder, 8, DEEP, micro_batch=1, **fields)
-    alone = make("mixture", "adamw", text_folder, layers=DEEP, micro_batch=1)
-    alone = alone.model_copy(update={"name": "alone-of-eight"})
-    if alone.name not in _oracles:
-        _oracles[alone.name] = run(alone, folder, FEWER // 2)[0]
-    assert_alike(run(spec, folder, FEWER // 2), _oracles[alone.name])
+    assert_alike(run(spec, folder), oracle("mixture", "adamw", text_folder, folder, spec))
 
 
 RECOMPUTED: list[tuple[str, int, dict[str, Any]]] = [
@@ -385,8 +230,8 @@ def test_recomputed_activations_change_nothing(
     kind: str, processes: int, fields: dict[str, Any], text_folder: Path, folder: Path
 ) -> None:
     spec = make("mixture", "adamw", text_folder, processes, recompute=kind, **fields)
-    expected = oracle("mixture", "adamw", text_folder, folder, spec, FEWER)
-    assert_alike(run(spec, folder, FEWER), expected)
+    expected = oracle("mixture", "adamw", text_folder, folder, spec)
+    assert_alike(run(spec, folder), expected)
 
 
 def bytes_kept(decoder: Decoder) -> int:
@@ -450,19 +295,9 @@ def test_compiled_blocks_of_two_processes_train_like_one(
     fields: dict[str, Any], text_folder: Path, folder: Path
 ) -> None:
     spec = make("mixture", "adamw", text_folder, 2, compiled=True, **fields)
-    found = run(spec, folder, FEWER)
+    found = run(spec, folder)
     assert all(of_process["graphs"] > 0 for of_process in found)
-    assert_alike(found, oracle("mixture", "adamw", text_folder, folder, spec, FEWER))
-
-
-def train_on(ranks: Ranks, folder: Path, spec: RunSpec, resume: bool, steps: int) -> list[float]:
-    """The losses of a run's next steps, after which a checkpoint is saved."""
-    trainer = Trainer(MemberSession(folder, spec, resume, ranks.first), NoView(), ranks)
-    losses = [trainer.one_step()["loss"] for _ in range(steps)]
-    trainer._save()
-    trainer.saving.finish()
-    trainer.close()
-    return losses
+    assert_alike(found, oracle("mixture", "adamw", text_folder, folder, spec))
 
 
 HOPS: dict[str, list[tuple[int, dict[str, Any]]]] = {
@@ -504,14 +339,14 @@ def test_a_run_goes_on_with_the_same_losses_on_other_processes(
 ) -> None:
     layers = DEEP if hops == "over stages" else SHALLOW
     whole = make("mixture", optimizer, text_folder, layers=layers, micro_batch=2)
-    expected = [row["loss"] for row in oracle("mixture", optimizer, text_folder, folder, whole)["rows"]]
+    expected = [row["loss"] for row in oracle("mixture", optimizer, text_folder, folder, whole, 10)["rows"]]
     losses: list[float] = []
     for place, (processes, parallel) in enumerate(HOPS[hops]):
         moved = make("mixture", optimizer, text_folder, processes, layers, micro_batch=2, **parallel)
         moved = moved.model_copy(update={"name": "moved"})
         home = folder / "runs" / f"moved-{hops}-{optimizer}".replace(" ", "-")
         with open_run(moved, resume=place > 0, folder=home) as session:
-            losses += together(processes, train_on, session.folder, moved, place > 0, 4)[0]
+            losses += together(processes, train_on, session.folder, moved, place > 0, 2)[0]
     assert losses == pytest.approx(expected, rel=TOLERANCE)
 
 
@@ -530,30 +365,17 @@ def test_a_checkpoint_of_four_processes_is_whole_for_one(text_folder: Path, fold
         assert torch.equal(decoder.state_dict()[name], tensor), name
 
 
-LONG = 32_768
-
-
-def first_step(ranks: Ranks, folder: Path, spec: RunSpec) -> dict[str, Any]:
-    """The loss of a new run's first step, and its gradients, whole."""
-    trainer = Trainer(MemberSession(folder, spec, False, ranks.first), NoView(), ranks)
-    gradients: dict[str, Any] = {}
-
-    def keep() -> None:
-        for name, parameter in trainer.decoder.named_parameters():
-            assert parameter.grad is not None
-            whole = trainer.parallel.whole(name, parameter.grad)
-            gradients[name] = (whole.full_tensor() if isinstance(whole, DTensor) else whole).clone().numpy()
-
-    trainer.optimizers.zero_grad = keep  # type: ignore[method-assign]
-    row = trainer.one_step()
-    trainer.close()
-    return {"loss": row["loss"], "gradients": gradients}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("masked", [False, True], ids=["one document", "documents apart"])
-def test_two_context_ranks_train_on_32768_tokens_like_one_process(
-    masked: bool, text_folder: Path, folder: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("length", "masked"),
+    [
+        pytest.param(32_768, False, id="one document"),
+        pytest.param(8_192, True, id="documents apart"),
+        pytest.param(32_768, True, id="documents apart, as long", marks=pytest.mark.exhaustive),
+    ],
+)
+def test_two_context_ranks_train_on_long_sequences_like_one_process(
+    length: int, masked: bool, text_folder: Path, folder: Path, tmp_path: Path
 ) -> None:
     words = " ".join(path.read_text(encoding="utf-8") for path in sorted(text_folder.glob("*.txt"))).split(" ")
     for part in range(12):  # documents of some three thousand tokens
@@ -561,13 +383,13 @@ def test_two_context_ranks_train_on_32768_tokens_like_one_process(
     found = {}
     for processes in (1, 2):
         spec = make("dense", "adamw", tmp_path, processes, layers=1, micro_batch=1, context=processes)
-        small = {"hidden": 16, "heads": 1, "kv_heads": 1, "head_dim": 16, "ffn_hidden": 16, "context": LONG}
-        long = {"seq_len": LONG, "global_batch": 1, "tokens": LONG, "validation_tokens": 1, "document_mask": masked}
+        small = {"hidden": 16, "heads": 1, "kv_heads": 1, "head_dim": 16, "ffn_hidden": 16, "context": length}
+        long = {"seq_len": length, "global_batch": 1, "tokens": length, "validation_tokens": 1, "document_mask": masked}
         values = spec.model_dump(mode="json", exclude_none=True)
         values["model"] |= small | {"attention_softcap": 30.0}
         values["train"] |= long
         values["data"] |= {"validation_fraction": 0.0}
-        values["name"] = f"long-{masked}-{processes}"
+        values["name"] = f"long-{length}-{masked}-{processes}"
         spec = run_from(values)
         with open_run(spec, folder=folder / "runs" / spec.name) as session:
             found[processes] = together(processes, first_step, session.folder, spec)

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parent))
 from processes import together
-from test_parallel import folder, make, run  # noqa: F401 - `folder` is a fixture
+from tiny_runs import make, run
 
 from modelworks.spec.run import RunSpec
 from modelworks.train.loop import Trainer
@@ -22,7 +22,6 @@ from modelworks.train.ranks import Ranks
 from modelworks.train.session import MemberSession, open_run
 from modelworks.train.view import NoView
 
-STEPS = 6
 SAME_PRODUCTS = 2e-4
 """Losses, where every product is that of one process: sums of gradients differ in their last fp32 bits, and a weight
 whose bf16 value turns on such a bit comes up within a few steps. The first step's gradients agree as in fp32."""
@@ -53,13 +52,13 @@ def low(spec: RunSpec, **train: Any) -> RunSpec:
 _alone: dict[str, dict[str, Any]] = {}
 
 
-def alone(network: str, text: Path, folder: Path, like: RunSpec) -> dict[str, Any]:  # noqa: F811
+def alone(network: str, text: Path, folder: Path, like: RunSpec) -> dict[str, Any]:
     """What one process makes of as many layers in bf16."""
     micro_batch = like.train.micro_batch
     assert micro_batch != "auto"
     spec = low(make(network, "adamw", text, layers=like.model.layers, micro_batch=micro_batch))
     if spec.name not in _alone:
-        _alone[spec.name] = run(spec, folder, STEPS)[0]
+        _alone[spec.name] = run(spec, folder)[0]
     return _alone[spec.name]
 
 
@@ -70,11 +69,11 @@ def test_a_layout_in_bf16_trains_like_one_process_in_bf16(
     fields: dict[str, Any],
     tolerance: float,
     text_folder: Path,
-    folder: Path,  # noqa: F811
+    folder: Path,
 ) -> None:
     spec = low(make(network, "adamw", text_folder, processes, **fields))
     expected = alone(network, text_folder, folder, spec)
-    for of_process in run(spec, folder, STEPS):
+    for of_process in run(spec, folder):
         off = whole = 0.0
         for name, gradient in of_process["gradients"].items():
             off += float(((gradient - expected["gradients"][name]) ** 2).sum())
@@ -98,12 +97,12 @@ class Gathers(TorchDispatchMode):
         return operation(*args, **(kwargs or {}))
 
 
-def gather_some(ranks: Ranks, folder: Path, spec: RunSpec) -> dict[str, Any]:  # noqa: F811
+def gather_some(ranks: Ranks, folder: Path, spec: RunSpec) -> dict[str, Any]:
     """What the forward and backward passes of a step gather, and what the process then keeps."""
     trainer = Trainer(MemberSession(folder, spec, False, ranks.first), NoView(), ranks)
     batches = torch.split(torch.zeros(4, 33, dtype=torch.long), 2)
     with Gathers() as seen:
-        trainer.parallel.backward(batches, trainer._losses, trainer._weighted)
+        trainer.parallel.backward(batches, trainer.objective.losses, trainer._weighted)
     trainer.optimizers.zero_grad()
     trainer.one_step()
     kept = [*trainer.decoder.parameters(), *(trainer.optimizers.state().values())]
@@ -117,7 +116,7 @@ def test_a_block_s_matrices_are_gathered_in_bf16_and_kept_in_fp32(
     times: int,
     root_times: int,
     text_folder: Path,
-    folder: Path,  # noqa: F811
+    folder: Path,
 ) -> None:
     """Once a step, with ZeRO 3 for each pass of two micro batches; embedding and last norm once, or for each batch."""
     spec = make("mixture", "adamw", text_folder, 2, zero_stage=zero_stage)

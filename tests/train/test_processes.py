@@ -193,13 +193,12 @@ def test_processes_whose_parent_is_killed_save_and_end(
 def test_bad_input_is_one_sentence_and_starts_no_process(
     make_spec: MakeSpec,
     write_spec: WriteSpec,
-    train: Callable[..., subprocess.Popen[str]],
+    typed: Callable[..., subprocess.CompletedProcess[str]],
     options: list[str],
     sentence: str,
 ) -> None:
-    process = train(write_spec(make_spec()), *options)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 2, errors
-    assert sentence in " ".join(errors.split())
-    assert "Traceback" not in errors
+    ended = typed("train", write_spec(make_spec()), *options)
+    assert ended.returncode == 2, ended.stderr
+    assert sentence in " ".join(ended.stderr.split())
+    assert "Traceback" not in ended.stderr
     assert not list(runs_folder().glob("*/processes"))

@@ -1,4 +1,4 @@
-"""The short form of the soak: two minutes of faults, and not a bit's difference."""
+"""The short form of the soak: a minute of faults, and not a bit's difference."""
 
 import json
 import subprocess
@@ -8,18 +8,16 @@ from pathlib import Path
 import pytest
 
 _SOAK = Path(__file__).parents[2] / "benchmarks" / "soak.py"
+_SEED = 3868
+"""Such that the first faults are of different kinds: a process killed, the parent, a checkpoint damaged."""
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_run_that_meets_every_kind_of_fault_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
+def test_a_run_that_meets_several_kinds_of_faults_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
     report = tmp_path / "report.json"
-    ended = subprocess.run(
-        [sys.executable, str(_SOAK), "--minutes", "2", "--every", "3", "--json", str(report)],
-        capture_output=True,
-        text=True,
-        timeout=1700,
-    )
+    options = ["--minutes", "1", "--every", "3", "--seed", str(_SEED), "--json", str(report)]
+    ended = subprocess.run([sys.executable, str(_SOAK), *options], capture_output=True, text=True, timeout=1700)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     found = json.loads(report.read_text())
     assert found["differing_tensors"] == []

@@ -6,7 +6,6 @@ import gzip
 import json
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent))
 from processes import together
-from test_parallel import make
+from tiny_runs import make
 
 from modelworks.spec.run import RunSpec
 from modelworks.train.loop import Trainer
@@ -25,14 +24,6 @@ from modelworks.train.view import NoView
 from modelworks.train.waits import MEASURED, Waits
 
 LATE_S = 0.6
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("waits")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MODELWORKS_HOME", str(folder / "home"))
-        yield folder
 
 
 def steps(ranks: Ranks, folder: Path, spec: RunSpec, late: int | None) -> list[dict[str, Any]]:

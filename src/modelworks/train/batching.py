@@ -6,9 +6,16 @@ busy, and then only takes memory: on a CPU a few thousand tokens are enough.
 
 from __future__ import annotations
 
-import psutil
+from typing import NamedTuple
 
+import psutil
+import torch
+from torch import Tensor
+
+from modelworks.data.lessons import DrawnPictures, SeeingDataset
+from modelworks.data.packed import PackedDataset, Split
 from modelworks.model.attention import KEY_BLOCK, QUERY_BLOCK
+from modelworks.model.loss import IGNORED
 from modelworks.spec.errors import InputError
 from modelworks.spec.model import ModelSpec
 from modelworks.spec.run import RunSpec
@@ -34,6 +41,69 @@ def activation_bytes(model: ModelSpec, seq_len: int) -> int:
     per_token = 8 * model.hidden + 4 * width + 4 * model.kv_heads * model.head_dim + 4 * ffn
     blocks = 3 * model.heads * min(QUERY_BLOCK, seq_len) * min(KEY_BLOCK, seq_len)
     return 4 * (seq_len * model.layers * per_token + blocks)
+
+
+class Seen(NamedTuple):
+    """Sequences of conversations about pictures."""
+
+    sequences: Tensor
+    """(B, 2, T + 1): tokens, and which of them are learnt."""
+    tiles: list[Tensor]
+    """Of each sequence (N, 3, image_size, image_size), in the order of its pictures."""
+    signs: list[Tensor]
+    """Of each sequence (N, tokens of a tile), what is written in each square, if that is learnt; see
+    `DrawnPictures.signs`."""
+
+
+Batch = Tensor | Seen
+"""Sequences, with what is to be seen in them."""
+
+
+def take(
+    data: PackedDataset, split: Split, position: int, count: int, seq_len: int, seed: int, signs: bool = False
+) -> Batch:
+    """The next sequences of a run; see `PackedDataset.sequences`. With `signs`, what is written in them, too."""
+    if not isinstance(data, SeeingDataset):
+        return torch.from_numpy(data.sequences(split, position, count, seq_len, seed))
+    tiles, sequences, written = [], [], []
+    for item in data.items(split, position, count, seq_len, seed):
+        sequences.append(torch.from_numpy(data.sequence(split, int(item), seq_len)))
+        tiles.append(data.tiles(split, int(item), seq_len))
+        if signs:
+            assert isinstance(data, DrawnPictures)
+            written.append(data.signs(split, int(item), seq_len))
+    return Seen(torch.stack(sequences), tiles, written)
+
+
+def micro_batches(batch: Batch, size: int) -> list[Batch]:
+    """A batch in parts of `size` sequences."""
+    if isinstance(batch, Tensor):
+        return list(torch.split(batch, size))
+    return [
+        Seen(part, *(of_each[place * size : (place + 1) * size] for of_each in batch[1:]))
+        for place, part in enumerate(torch.split(batch.sequences, size))
+    ]
+
+
+def inputs_and_targets(sequences: Tensor) -> tuple[Tensor, Tensor]:
+    """What the network reads (B, T), and the token that follows each, or `IGNORED`.
+
+    Parameters
+    ----------
+    sequences
+        Of text (B, T + 1), every token of which is learnt; or of dialogues (B, 2, T + 1) with what is learnt marked by
+        a number above 0.
+    """
+    if sequences.dim() == 2:
+        return sequences[:, :-1], sequences[:, 1:]
+    tokens, learnt = sequences.unbind(1)
+    return tokens[:, :-1], torch.where(learnt[:, 1:] > 0, tokens[:, 1:], IGNORED)
+
+
+def targets(batch: Batch) -> int:
+    """How many tokens are learnt from sequences."""
+    sequences = batch if isinstance(batch, Tensor) else batch.sequences
+    return sequences[:, 1:].numel() if sequences.dim() == 2 else int((sequences[:, 1, 1:] > 0).sum())
 
 
 def micro_batch(spec: RunSpec, layout: Layout | None = None) -> int:

@@ -19,11 +19,11 @@ from modelworks.model.decoder import Decoder
 from modelworks.spec.errors import InputError
 from modelworks.spec.run import RunSpec
 from modelworks.train.layout import Layout, layout
-from modelworks.train.loop import refuse_unsupported
 from modelworks.train.optimizers import Optimizers
 from modelworks.train.parallelize import Parallel, local
 from modelworks.train.precision import BF16, FP32
 from modelworks.train.ranks import Ranks
+from modelworks.train.refusals import refuse_unsupported
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,7 @@ def layout(spec: RunSpec, processes: int) -> Layout:
             f"train.global_batch = {spec.train.global_batch} is not accepted on {data} data-parallel processes: "
             f"a multiple of {data} is"
         )
+    spec = _held_whole(spec)
     shard = _shard(spec, data)
     if (micro := spec.train.micro_batch) != "auto" and (spec.train.global_batch // data) % micro:
         raise InputError(
@@ -98,10 +99,23 @@ def layout(spec: RunSpec, processes: int) -> Layout:
     one: dict[str, Any] = {
         name: 1 if (degree := getattr(parallel, name)) == "auto" else degree for name in _WITHOUT_REST
     }
-    zero_stage = 1 if parallel.zero_stage == "auto" else parallel.zero_stage
+    zero_stage = 1 if spec.parallel.zero_stage == "auto" else spec.parallel.zero_stage
     resolved = Layout(data=data, shard=shard, zero_stage=zero_stage, **one, **_pipelined(spec))
     _refuse_idle_stages(spec, resolved)
     return resolved
+
+
+def _held_whole(spec: RunSpec) -> RunSpec:
+    """A run at ZeRO 0 if it has an adapter, beside whose frozen weights there is nothing to split, or eyes."""
+    if spec.adapter is not None:
+        why = "[adapter], whose frozen weights every process holds whole"
+    elif spec.model.vision is not None:
+        why = "[model.vision], whose network every process holds whole"
+    else:
+        return spec
+    if spec.parallel.zero_stage not in ("auto", 0):
+        raise InputError(f"parallel.zero_stage = {spec.parallel.zero_stage} is not accepted with {why}: 0 is")
+    return spec.model_copy(update={"parallel": spec.parallel.model_copy(update={"zero_stage": 0})})
 
 
 def deal_layers(layers: int, pipeline: int, virtual_stages: int = 1) -> list[range]:

@@ -10,77 +10,56 @@ loop reads the same on one process and on many: how the network is split over th
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import shutil
 import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from modelworks.data.packed import PackedDataset
-from modelworks.data.preparation import prepare
+from modelworks.data.answers import DialogueDataset
+from modelworks.data.lessons import DrawnPictures, SeeingDataset
 from modelworks.data.tokenizer import separator_of
-from modelworks.model import checkpoint
-from modelworks.model.decoder import Decoder, Losses
-from modelworks.model.initial import FOLDER, TOKENIZER, InitialWeights
+from modelworks.model import adapters, checkpoint
+from modelworks.model.decoder import Losses
+from modelworks.model.initial import FOLDER, InitialWeights
 from modelworks.model.rotary import Documents
-from modelworks.spec.errors import InputError, OperationError
+from modelworks.model.vision import network_of
+from modelworks.spec.errors import OperationError
 from modelworks.spec.flops import training_flop_per_token
-from modelworks.spec.home import data_folder, write_atomically
-from modelworks.spec.run import RunSpec
+from modelworks.spec.run import TrainSpec
 from modelworks.train import schedule
 from modelworks.train.agreement import Agreement
-from modelworks.train.batching import micro_batch
+from modelworks.train.ahead import Ahead
+from modelworks.train.batching import micro_batch, micro_batches, take
 from modelworks.train.compiling import try_compile, wanted
-from modelworks.train.evaluate import Validation
-from modelworks.train.layout import Layout, layout
+from modelworks.train.grpo import GroupRelative
+from modelworks.train.layout import layout
 from modelworks.train.machine import peak_flops
 from modelworks.train.metrics import MetricsLog, NoMetrics
+from modelworks.train.objectives import Learning, NextToken, Objective, Preference
 from modelworks.train.optimizers import Optimizers
 from modelworks.train.parallelize import Parallel, local
 from modelworks.train.precision import PRECISIONS, Precision, resolve
+from modelworks.train.preparing import prepare_data
 from modelworks.train.ranks import Ranks
+from modelworks.train.refusals import not_compiled, refuse_unsupported
+from modelworks.train.result import TrainResult
+from modelworks.train.rollouts import Sampler
 from modelworks.train.saving import Saving
 from modelworks.train.session import RunSession
+from modelworks.train.signs import Signs
 from modelworks.train.spikes import Rollback, Spikes
 from modelworks.train.trace import Traces
 from modelworks.train.view import NoView, View
 from modelworks.train.waits import Waits
 from modelworks.train.watchdog import patience_s
 
-_SAY_EVERY_S = 0.5
 
-
-@dataclass(frozen=True)
-class TrainResult:
-    """How a run ended: `finished`, or `stopped` by the signal `received`."""
-
-    state: str
-    received: int | None
-    step: int
-    tokens: int
-    loss: float | None
-    validation_bpb: float | None
-    elapsed_s: float
-    checkpoint: Path
-
-    @classmethod
-    def of_checkpoint(cls, folder: Path, state: str, received: int | None) -> TrainResult:
-        """How a run ended whose last checkpoint stands in `folder`."""
-        saved = checkpoint.read_state(folder)
-        facts = {key: saved[key] for key in ("step", "tokens", "loss", "validation_bpb", "elapsed_s")}
-        return cls(state=state, received=received if state == "stopped" else None, checkpoint=folder, **facts)
-
-    def as_dict(self) -> dict[str, Any]:
-        """The same as plain values, for JSON."""
-        return asdict(self) | {"checkpoint": str(self.checkpoint)}
-
-
-def train(session: RunSession, view: View | None = None, ranks: Ranks | None = None) -> TrainResult:
+def train(
+    session: RunSession, view: View | None = None, ranks: Ranks | None = None, sampler: Sampler | None = None
+) -> TrainResult:
     """Train the session's run to its end, or until a signal asks to stop.
 
     Parameters
@@ -91,6 +70,8 @@ def train(session: RunSession, view: View | None = None, ranks: Ranks | None = N
         Shows it.
     ranks
         The processes that train it together; this one alone if unset.
+    sampler
+        What draws the network's replies for ``train.objective = "grpo"``; the network itself if unset.
 
     Raises
     ------
@@ -102,49 +83,20 @@ def train(session: RunSession, view: View | None = None, ranks: Ranks | None = N
     ranks = ranks or Ranks()
     refuse_unsupported(session.spec, ranks.world)
     view = view or NoView()
-    with view, contextlib.closing(Trainer(session, view, ranks)) as trainer:
-        return trainer.run()
-
-
-def refuse_unsupported(spec: RunSpec, processes: int) -> None:
-    """Refuse what can't be done on so many processes of this machine, before anything is prepared."""
-    if spec.cluster.gpus != processes:
-        raise InputError(
-            f"cluster.gpus = {spec.cluster.gpus} is not accepted: this run is trained by {processes} processes, one "
-            "for each"
-        )
-    one = layout(spec, processes)
-    if spec.train.document_mask and one.pipeline > 1:
-        raise InputError(
-            f"train.document_mask = true is not accepted with parallel.pipeline = {one.pipeline}, whose later stages "
-            "don't see the tokens: 1 is"
-        )
-    if spec.train.restart_positions and spec.model.attention_temperature_length is not None:
-        raise InputError(
-            "train.restart_positions = true is not accepted with model.attention_temperature_length, which counts from "
-            "a sequence's beginning: false is"
-        )
-    if spec.train.compile is True and (reason := _not_compiled(spec, one)):
-        raise InputError(f"train.compile = true is not accepted with {reason}: auto is")
-
-
-def _not_compiled(spec: RunSpec, one: Layout) -> str | None:
-    """Why the blocks of a run on several processes are not compiled, in words that follow "with"."""
-    for name in ("tensor", "context", "expert"):
-        if (degree := getattr(one, name)) > 1:
-            # Compiled blocks with exchanges in them are known to have given wrong gradients without a word.
-            return f"parallel.{name} = {degree}, whose exchanges within a block are not compiled"
-    if one.schedule == "zero-bubble":
-        return "parallel.schedule = 'zero-bubble', which splits a backward pass that compilation joins"
-    if spec.parallel.recompute in ("selective", "projections"):
-        return f"parallel.recompute = {spec.parallel.recompute!r}, which looks at each product by itself"
-    return None
+    with view, contextlib.closing(Trainer(session, view, ranks, sampler)) as trainer:
+        try:
+            return trainer.run()
+        except RuntimeError:  # such as of a connection to a peer that leaves
+            trainer.saving.settle()
+            raise
 
 
 class Trainer:
     """One run in progress: network, optimizers, data, and how far it has come."""
 
-    def __init__(self, session: RunSession, view: View, ranks: Ranks | None = None) -> None:
+    def __init__(
+        self, session: RunSession, view: View, ranks: Ranks | None = None, sampler: Sampler | None = None
+    ) -> None:
         self.session, self.view, self.interrupt = session, view, session.interrupt
         self.ranks = ranks or Ranks()
         self.spec, self.folder = session.spec, session.folder
@@ -153,31 +105,43 @@ class Trainer:
         self._event: str | None = None
         self.loss: float | None = None
         self.validation_bpb: float | None = None
+        self._validated: dict[str, float] = {}
         self._compiled = False
         self.parallel = Parallel(layout(self.spec, self.ranks.world), self.ranks)
         self.data = prepare_data(session, view, keep=self.ranks.first)
         # Free memory and speed are measured, and each process measures something else.
         self.micro_batch = int(self.ranks.of_first(micro_batch(self.spec, self.parallel.layout)))
         self.precision = self._agreed_precision()
-        self.validation = Validation(
-            self.data, self.train_spec.validation_tokens, self.train_spec.seq_len, self.micro_batch, self.parallel
-        )
         # Before the seed is set: measuring the peak draws random numbers.
         self._peak_flops = peak_flops("fp32" if self.precision.name == "fp32" else "bf16", self.ranks.world)
-        self._flop_per_token = training_flop_per_token(self.spec.model, self.train_spec.seq_len)
         session.report(message="building the network")
         view.show(session.status)
         torch.manual_seed(self.train_spec.seed)
         with torch.device("meta"):
-            self.decoder = Decoder(self.spec.model)
-        if self.train_spec.document_mask:
+            self.decoder = network_of(self.spec.model)
+        for name, parameter in self.decoder.named_parameters():
+            parameter.requires_grad_(_learns(name, self.train_spec))
+        if self.spec.adapter is not None:
+            adapters.adapt(self.decoder, self.spec.adapter)
+        if isinstance(self.data, DialogueDataset):
+            restart = self.spec.model.attention_temperature_length is None
+            drawn = self.spec.model.vision if isinstance(self.data, DrawnPictures) else None
+            self.decoder.documents = Documents(self.data.separator, restart, drawn.image_token if drawn else None)
+        elif self.train_spec.document_mask:
             separator = separator_of(self.data.tokenizer_file)
             self.decoder.documents = Documents(separator, self.train_spec.restart_positions)
         resumes = session.resume and bool(checkpoint.folders(self.folder))
-        initial = None if resumes or self.train_spec.init_from is None else InitialWeights(self.folder / FOLDER)
+        begins = self.train_spec.init_from is not None and (not resumes or self.spec.adapter is not None)
+        initial = InitialWeights(self.folder / FOLDER) if begins else None
         self.parallel.apply(
             self.decoder, self.spec.parallel, self.precision, seed=self.train_spec.seed, initial=initial
         )
+        adapters.settle(self.decoder, self.precision.dtype)
+        self.objective = self._objective(sampler)
+        flop_per_token = training_flop_per_token(self.spec.model, self.train_spec.seq_len)
+        self._flop_per_token = flop_per_token * self.objective.flop_share
+        looks_ahead = isinstance(self.data, SeeingDataset)
+        self.ahead = Ahead(self.objective.batch, self.train_spec.global_batch) if looks_ahead else None
         self.optimizers = Optimizers(self.decoder, self.train_spec, self.precision.dtype, self.parallel.whole)
         self.saving = Saving(
             self.folder, self.spec.checkpoint.keep, self.ranks, asynchronous=self.spec.checkpoint.asynchronous
@@ -192,8 +156,20 @@ class Trainer:
         self.waits = Waits(self.ranks, self.parallel.purposes())
         self.traces = Traces(self.folder, self.train_spec.trace_steps, self.ranks.rank)
 
+    def _objective(self, sampler: Sampler | None) -> Objective:
+        learning = Learning(
+            self.spec, self.folder, self.data, self.decoder, self.parallel, self.precision, self.micro_batch
+        )
+        if self.train_spec.objective == "grpo":
+            return GroupRelative(learning, sampler)
+        if self.train_spec.objective == "signs":
+            return Signs(learning)
+        return Preference(learning) if self.train_spec.objective == "dpo" else NextToken(learning)
+
     def close(self) -> None:
         """Let a checkpoint in the air come down, and close the metrics' files."""
+        if self.ahead is not None:
+            self.ahead.close()
         self.saving.close()
         self.log.close()
 
@@ -214,6 +190,7 @@ class Trainer:
             done = self._done()
             if done or (self.train_spec.validate_every and self.step % self.train_spec.validate_every == 0):
                 row["validation_bpb"] = self._validate()
+                row |= self._validated
             self._report(row, log=done or "validation_bpb" in row or self.step % self.train_spec.log_every == 0)
             self.saving.look()
             if self.agreement is not None and self.step % self.spec.guard.agreement_every == 0:
@@ -236,27 +213,13 @@ class Trainer:
         """
         spec = self.train_spec
         factor = schedule.factor(spec, schedule.progress(spec, self.step + 1, self.elapsed_s))
-        begin, count = self.parallel.share(spec.global_batch)
-        place = self.spikes.batch(self.step) * spec.global_batch + begin
-        sequences = self.data.sequences("train", place, count, spec.seq_len, spec.seed)
+        place = self.spikes.batch(self.step) * spec.global_batch
+        batch = self.objective.batch(place) if self.ahead is None else self.ahead(place)
         self.waits.lap("host")
-        losses = self._gradients(torch.from_numpy(sequences))
-        total = float(self._weighted(losses))
-        self.parallel.finish_gradients()
-        self.waits.lap("compute")
-        norm = self.parallel.clip(self.decoder, spec.clip or math.inf)
-        advice = (
-            f"the last checkpoint is good: go on from it with a lower train.learning_rate (now {spec.learning_rate}) "
-            "in a new run, or with --resume and guard.on_spike = 'skip' or 'rollback'"
-        )
-        try:
-            spike = self.spikes.judge(self.step, total, norm, advice)
-            if spike is None:
-                self.optimizers.step(factor, self.step)
-                self.loss = total
-        finally:
-            self.optimizers.zero_grad()
-        self.waits.lap("optimizer")
+        for number in range(self.step * self.objective.updates, (self.step + 1) * self.objective.updates):
+            losses, total, norm, spike = self._update(batch, factor, number)
+            self._event = self._event or spike
+        reported = self.objective.report()
         self.step += 1
         row = {
             "step": self.step,
@@ -268,27 +231,42 @@ class Trainer:
             "learning_rate": spec.learning_rate * factor,
             "grad_norm": norm,
             "expert_load": _largest_loads(losses.expert_load),
-        }
-        event, self._event = self._event or spike, None
+        } | reported
+        event, self._event = self._event, None
         return row if event is None else row | {"event": event}
 
-    def _gradients(self, sequences: Tensor) -> Losses:
-        """Add up the gradients of this process's sequences (B, T + 1); returns the losses of the whole global batch."""
-        batches = torch.split(sequences, self.micro_batch)
-        found = self.parallel.backward(batches, self._losses, self._weighted)
+    def _update(self, batch: Any, factor: float, number: int) -> tuple[Losses, float, float, str | None]:
+        """Make one optimizer update, the run's `number`; the losses, what was minimised, the gradient's norm, and why
+        the update was dropped, if it was."""
+        spec = self.train_spec
+        losses = self._gradients(batch)
+        total = float(self._weighted(losses))
+        self.parallel.finish_gradients()
+        self.waits.lap("compute")
+        norm = self.parallel.clip(self.decoder, spec.clip or math.inf)
+        advice = (
+            f"the last checkpoint is good: go on from it with a lower train.learning_rate (now {spec.learning_rate}) "
+            "in a new run, or with --resume and guard.on_spike = 'skip' or 'rollback'"
+        )
+        try:
+            spike = self.spikes.judge(self.step, total, norm, advice)
+            if spike is None:
+                self.optimizers.step(factor, number)
+                self.loss = total
+        finally:
+            self.optimizers.zero_grad()
+        self.waits.lap("optimizer")
+        return losses, total, norm, spike
+
+    def _gradients(self, batch: Any) -> Losses:
+        """Add up the gradients of this process's sequences; returns the losses of the whole global batch."""
+        found = self.parallel.backward(self.objective.parts(batch), self.objective.losses, self._weighted)
         figures = [
             torch.cat((torch.stack(losses[:3]).double(), losses.expert_load.double().flatten())) for losses in found
         ]
         mean = self.parallel.mean(torch.stack(figures).mean(0))
         cross_entropy, load_balance, router_z = mean[:3]
         return Losses(cross_entropy, load_balance, router_z, mean[3:].view_as(found[0].expert_load))
-
-    def _losses(self, sequences: Tensor) -> Losses:
-        """The losses of sequences (B, T + 1)."""
-        with self.precision.autocast():
-            losses = self.decoder(sequences[:, :-1], sequences[:, 1:])
-        assert isinstance(losses, Losses)
-        return losses
 
     def _weighted(self, losses: Losses) -> Tensor:
         spec = self.train_spec
@@ -298,13 +276,10 @@ class Trainer:
 
     def _validate(self) -> float | None:
         begun = time.perf_counter()
-
-        @torch.no_grad()
-        def cross_entropy(sequences: Tensor) -> float:
-            return float(self._losses(sequences).cross_entropy)
-
-        with torch.compiler.set_stance("force_eager"):  # its last batch has a shape of its own
-            self.validation_bpb = self.validation.bits_per_byte(cross_entropy)
+        self.decoder.eval()
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # its last batch has a shape of its own
+            self.validation_bpb, self._validated = self.objective.validate()
+        self.decoder.train()
         self._add_elapsed(time.perf_counter() - begun)
         return self.validation_bpb
 
@@ -359,6 +334,7 @@ class Trainer:
             tokens=row["tokens"],
             loss=self.loss,
             validation_bpb=self.validation_bpb,
+            reward=row.get("reward"),
             tokens_per_s=tokens_per_s,
             mfu=tokens_per_s * self._flop_per_token / self._peak_flops,
             eta_s=self._eta_s(),
@@ -374,9 +350,15 @@ class Trainer:
     def _tensors(self, as_part: bool = False) -> dict[str, Tensor]:
         """All that a checkpoint holds: whole tensors, or this process's parts of them."""
         whole = _part if as_part else self.parallel.whole
-        state = {f"model.{name}": whole(name, tensor) for name, tensor in self.decoder.state_dict().items()}
+        state = {f"model.{name}": whole(name, tensor) for name, tensor in self._trained().items()}
         state |= {f"optimizer.{name}": tensor for name, tensor in self.optimizers.state(whole).items()}
         return state | {"random.torch": torch.get_rng_state()}
+
+    def _trained(self) -> dict[str, Tensor]:
+        """The weights that change: an adapter's alone, where there is one."""
+        if self.spec.adapter is None:
+            return self.decoder.state_dict()
+        return {name: tensor for name, tensor in self.decoder.state_dict().items() if adapters.is_of_adapter(name)}
 
     def _save(self) -> None:
         """Begin to save; with `checkpoint.asynchronous` the rest is done while the next steps are made."""
@@ -403,7 +385,10 @@ class Trainer:
         """Take up the newest checkpoint that is whole; a run that has none yet begins anew."""
         if not checkpoint.folders(self.folder):
             return None
-        step = checkpoint.step_of(checkpoint.newest_good(self.folder)) if self.ranks.first else 0
+        step = 0
+        if self.ranks.first:
+            step = checkpoint.step_of(checkpoint.newest_good(self.folder))
+            checkpoint.set_aside_after(self.folder, step)
         return self._load(checkpoint.folder_of(self.folder, int(self.ranks.of_first(step))))
 
     def _roll_back(self, why: str) -> None:
@@ -463,15 +448,15 @@ class Trainer:
     def _compile(self) -> None:
         spec, flop = self.train_spec, self._flop_per_token * self.train_spec.steps * self.train_spec.tokens_per_step
         to_compile = wanted(spec.compile, torch.device("cpu"), flop, spec.max_time)
-        if self.ranks.of_first(to_compile) and _not_compiled(self.spec, self.parallel.layout) is None:
+        if self.ranks.of_first(to_compile) and not_compiled(self.spec, self.parallel.layout) is None:
             self.session.report(message="compiling the network")
             self.view.show(self.session.status)
             pipelined = self.parallel.layout.pipeline > 1  # its micro batches pass through together
             count = self.parallel.share(spec.global_batch)[1] if pipelined else self.micro_batch
-            probe = torch.from_numpy(self.data.sequences("train", 0, count, spec.seq_len, spec.seed))
-            batches = torch.split(probe, self.micro_batch)
+            batch = take(self.data, "train", 0, count, spec.seq_len, spec.seed, spec.learns_signs)
+            batches = micro_batches(batch, self.micro_batch)
             self._compiled = try_compile(
-                self.decoder, lambda: self.parallel.backward(batches, self._losses, self._weighted), self.ranks
+                self.decoder, lambda: self.parallel.backward(batches, self.objective.losses, self._weighted), self.ranks
             )
 
     def _end(self, done: bool) -> TrainResult:
@@ -500,27 +485,10 @@ class Trainer:
         )
 
 
-def prepare_data(session: RunSession, view: View, keep: bool = True) -> PackedDataset:
-    """Pack the run's text, or find it packed, and `keep` in the run's folder what it was made of."""
-    said_at = float("-inf")
-
-    def say(documents: int, done: int, total: int | None) -> None:
-        nonlocal said_at
-        if time.monotonic() - said_at >= _SAY_EVERY_S:
-            said_at = time.monotonic()
-            share = f": {documents:,} documents" + (f", {done / total:.0%}" if total else "") if documents else ""
-            session.report(message=f"preparing the data{share}")
-            view.show(session.status)
-
-    say(0, 0, None)
-    section = session.spec.data
-    if session.spec.train.init_from is not None and section.tokenizer == "bpe":
-        section = section.model_copy(update={"tokenizer": str(session.folder / FOLDER / TOKENIZER)})
-    data = prepare(section, session.spec.model.vocab, data_folder(), say)
-    if keep:
-        shutil.copyfile(data.tokenizer_file, session.folder / "tokenizer.json")
-        write_atomically(session.folder / "data.json", json.dumps(data.manifest, indent=1) + "\n")
-    return data
+def _learns(parameter: str, spec: TrainSpec) -> bool:
+    if spec.trains == "connector":
+        return parameter.startswith("eyes.connector.")
+    return spec.objective != "signs" or not parameter.startswith("blocks.")  # the decoder isn't run
 
 
 def _part(_: str, tensor: Tensor) -> Tensor:

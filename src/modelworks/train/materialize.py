@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from modelworks.model import adapters
 from modelworks.model.decoder import Decoder
 from modelworks.model.initial import InitialWeights
 from modelworks.model.initialization import fill
@@ -43,7 +44,9 @@ def fill_parts(decoder: Decoder, places: Mapping[str, Place], seed: int, initial
         place = places.get(name)
         shape: Sequence[int] = () if place is None else place.shape
         start = () if place is None else start_of(place)
-        if initial is None or not initial.fill(part, name, shape, start):
+        if adapters.is_of_adapter(name):
+            adapters.fill(part, seed, name)
+        elif initial is None or not initial.fill(part, name, shape, start):
             fill(part, decoder.spec, seed, name, shape, start)
 
 

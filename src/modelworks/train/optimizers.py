@@ -1,14 +1,14 @@
 """Which optimizer moves which parameter, and their state as plain tensors by name.
 
-With ``adamw`` one fused AdamW moves all. With ``muon`` the matrices of the blocks go to Muon and the rest (embedding,
-head, router, normalisations, biases) to AdamW. Weight decay falls on matrices only. The schedule's factor multiplies
-every group's peak, so that nothing about the schedule needs to be stored. With ``optimizer_state = "bf16"`` moments
-take half the bytes (`rounding`); weights stay in fp32.
+With ``adamw`` one fused AdamW moves all. With ``muon`` the matrices of the blocks (a vision tower's too) go to Muon and
+the rest (embedding, head, router, normalisations, biases) to AdamW. Weight decay falls on matrices only. The schedule's
+factor multiplies every group's peak, so that nothing about the schedule needs to be stored. With ``optimizer_state =
+"bf16"`` moments take half the bytes (`rounding`); weights stay in fp32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -46,14 +46,17 @@ class Optimizers:
         whole: Callable[[str, Tensor], Tensor] = lambda name, part: part,
     ) -> None:
         self._whole = whole
-        self._names: dict[Tensor, str] = {parameter: name for name, parameter in network.named_parameters()}
-        matrices = [p for name, p in network.named_parameters() if spec.optimizer == "muon" and _is_muons(name, p)]
+        trained = [(name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad]
+        self._names: dict[Tensor, str] = {parameter: name for name, parameter in trained}
+        matrices = [p for name, p in trained if spec.optimizer == "muon" and _is_muons(name, p)]
         moved = set(matrices)
-        rest = [parameter for parameter in network.parameters() if parameter not in moved]
-        groups: list[dict[str, Any]] = [
-            {"params": [p for p in rest if p.ndim >= 2], "weight_decay": spec.weight_decay},
-            {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
-        ]
+        rest = [parameter for _, parameter in trained if parameter not in moved]
+        groups: list[dict[str, Any]] = []
+        for peak, of_peak in self._by_peak(rest, spec):
+            groups += [
+                {"params": [p for p in of_peak if p.ndim >= 2], "weight_decay": spec.weight_decay, "lr": peak},
+                {"params": [p for p in of_peak if p.ndim < 2], "weight_decay": 0.0, "lr": peak},
+            ]
         rounded = spec.optimizer_state == "bf16"
         adamw: dict[str, Any] = {
             "lr": spec.learning_rate,
@@ -86,6 +89,14 @@ class Optimizers:
             if isinstance(optimizer, (LowAdamW, Muon)):
                 optimizer.now = number
             optimizer.step()
+
+    def _by_peak(self, parameters: Sequence[Tensor], spec: TrainSpec) -> list[tuple[float, list[Tensor]]]:
+        """Parameters by their peak learning rate: the vision tower's, where it has one of its own, and the others'."""
+        tower = {p for p in parameters if spec.tower_learning_rate and self._names[p].startswith("eyes.tower.")}
+        found = [(spec.learning_rate, [p for p in parameters if p not in tower])]
+        if spec.tower_learning_rate and tower:
+            found.append((spec.tower_learning_rate, [p for p in parameters if p in tower]))
+        return found
 
     def _part_of(self, parameter: Tensor) -> Part:
         """Which part of which tensor this process holds of a parameter."""
@@ -131,4 +142,4 @@ def _by_mesh(group: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _is_muons(name: str, parameter: Tensor) -> bool:
-    return name.startswith("blocks.") and parameter.ndim >= 2 and "router" not in name
+    return name.startswith(("blocks.", "eyes.tower.blocks.")) and parameter.ndim >= 2 and "router" not in name

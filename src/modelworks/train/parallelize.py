@@ -194,7 +194,11 @@ class Parallel:
             if self._experts_scale is not None and _is_of_experts(name):
                 self._scaled.append((parameter, self._experts_scale))
         if one.zero_stage == 0:
-            summed = [Summed(each, self._holders(name), share) for name, each in decoder.named_parameters()]
+            summed = [
+                Summed(each, self._holders(name), share)
+                for name, each in decoder.named_parameters()
+                if each.requires_grad
+            ]
             self._buckets = Buckets([each for each in summed if each.group.size() > 1])
             self._scaled = [(each.parameter, share) for each in summed if each.group.size() == 1 and share < 1.0]
         else:
@@ -345,8 +349,8 @@ class Parallel:
 
     def backward(
         self,
-        batches: Sequence[Tensor],
-        losses_of: Callable[[Tensor], Losses],
+        batches: Sequence[Any],
+        losses_of: Callable[[Any], Losses],
         objective: Callable[[Losses], Tensor],
     ) -> list[Losses]:
         """Forward and backward pass of micro batches (B, T + 1), whose gradients are added up.

@@ -52,6 +52,8 @@ class Status:
     tokens: int = 0
     loss: float | None = None
     validation_bpb: float | None = None
+    reward: float | None = None
+    """What the network's replies were worth in the last step, where it learns from rewards."""
     tokens_per_s: float | None = None
     mfu: float | None = None
     eta_s: float | None = None

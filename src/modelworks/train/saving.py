@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from modelworks.model import checkpoint
+from modelworks.spec.errors import OperationError
 from modelworks.train.ranks import Ranks
 
 logger = logging.getLogger(__name__)
@@ -128,12 +129,27 @@ class Saving:
             failure, self._failure = self._failure, None
             raise failure
 
+    def settle(self) -> None:
+        """Of a run whose peers are gone: raise what made the checkpoint in the air fail, if that is why they went.
+
+        Raises
+        ------
+        OperationError
+            If it can't be written.
+        """
+        self._join()
+        if isinstance(self._failure, OperationError):
+            self.finish()
+
     def close(self) -> None:
         """Let go of a run that may have failed: its last checkpoint is given some time, its failure only logged."""
-        if self._thread is not None:
-            self._thread.join(_CLOSING_S)
+        self._join()
         if self._failure is not None:
             logger.warning("%s", self._failure)
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join(_CLOSING_S)
 
 
 class _Staging:

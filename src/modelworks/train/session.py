@@ -209,6 +209,8 @@ def refuse_changes(before: RunSpec, now: RunSpec) -> None:
     old, new = before.model_dump(mode="json"), now.model_dump(mode="json")
     for section, values in new.items():
         may_change = _MAY_CHANGE.get(section, set())
+        if section == "adapter" and (values is None) != (old[section] is None):
+            raise InputError("--resume: [adapter] differs from the run's; what is trained may not change")
         if may_change is None or not isinstance(values, dict):
             continue
         for field, value in values.items():

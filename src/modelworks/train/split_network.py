@@ -132,9 +132,11 @@ class SplitForward:
         """The residual stream after some layers, and their routers' reports; `rotary` is of whole sequences."""
         group = self._groups.context
         cosine, sine = (of_rank(table, -2, group) for table in rotary[:2])
-        first, temperature = rotary.first, rotary.temperature
-        first = None if first is None else of_rank(first, 1, group)
-        rotary = Rotary(cosine, sine, first, None if temperature is None else of_rank(temperature, 0, group))
+        first, temperature, shared = (
+            None if each is None else of_rank(each, axis, group)
+            for each, axis in ((rotary.first, 1), (rotary.temperature, 0), (rotary.shared, 1))
+        )
+        rotary = Rotary(cosine, sine, first, temperature, shared)
         cache: Any = _GatheredKeys(self._groups.context) if self._groups.context.size() > 1 else None
         reports = []
         for block in blocks:
@@ -186,15 +188,21 @@ def _attend_in_chunks(attention: Attention, group: ProcessGroup) -> None:
         values: Tensor,
         first: Tensor | None = None,
         temperature: Tensor | None = None,
+        shared: Tensor | None = None,
     ) -> Tensor:
         """From one's queries (B, heads, T / c, D) and all keys and values (B, KV, T, D)."""
         length = keys.shape[2] // (2 * group.size())
         ends = ((group.rank() + 1) * length, keys.shape[2] - group.rank() * length)
-        firsts = (None, None) if first is None else first.chunk(2, 1)
-        temperatures = (None, None) if temperature is None else temperature.chunk(2)
+        limits = zip(
+            *(
+                (None, None) if each is None else each.chunk(2, axis)
+                for each, axis in ((first, 1), (temperature, 0), (shared, 1))
+            ),
+            strict=True,
+        )
         attended = [
-            attend(chunk, keys[:, :, :end], values[:, :, :end], begins, warmth)
-            for chunk, begins, end, warmth in zip(queries.chunk(2, 2), firsts, ends, temperatures, strict=True)
+            attend(chunk, keys[:, :, :end], values[:, :, :end], *limit)
+            for chunk, end, limit in zip(queries.chunk(2, 2), ends, limits, strict=True)
         ]
         return torch.cat(attended, 2)
 

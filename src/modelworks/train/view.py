@@ -57,8 +57,8 @@ class LiveView:
         self._live.stop()
 
     def show(self, status: Status, rows: Iterable[Mapping[str, Any]] = ()) -> None:
-        """Draw the panel with the new rows' losses added to the curve."""
-        self._losses += [row["loss"] for row in rows if row["loss"] is not None]
+        """Draw the panel with the new rows' losses, or rewards, added to the curve."""
+        self._losses += [value for row in rows if (value := row.get("reward", row["loss"])) is not None]
         self._live.update(panel(self._name, status, self._losses, self._console.width))
 
     def restart(self) -> None:
@@ -261,6 +261,7 @@ def _facts(status: Status) -> list[tuple[str, str]]:
         ("step", f"{status.step:,} of {status.steps:,}" if status.steps else None),
         ("tokens", f"{status.tokens:,}" if status.tokens else None),
         ("loss", _number(status.loss, ".4f")),
+        ("reward", _number(status.reward, ".4f")),
         ("validation", _number(status.validation_bpb, ".4f", " bits per byte")),
         ("speed", _number(status.tokens_per_s, ",.0f", " tokens/s")),
         ("MFU", _number(status.mfu, ".1%")),

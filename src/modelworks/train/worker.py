@@ -33,6 +33,7 @@ PRELOADED = (
     "modelworks.train.ranks",
     "modelworks.train.worker",
     "safetensors.torch",
+    "torch.distributed.checkpoint",
 )
 """What it imports and a fork server can import for all processes."""
 _PREDECESSOR_S = 120.0
