@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from modelworks.model import checkpoint
 from modelworks.model.decoder import Decoder
 from modelworks.release.agreement import fixed_prompts, measure_agreement
+from modelworks.release.evaluations import digest_of
 from modelworks.release.gguf_export import Described, write_gguf
 from modelworks.release.gguf_import import import_gguf
 from modelworks.release.gguf_network import metadata_of
@@ -171,6 +172,40 @@ def test_q4_k_loses_less_than_q4_0_and_reads_back_by_the_gguf_package() -> None:
     found = gguf.quants.dequantize(packed, gguf.GGMLQuantizationType.Q4_K)
     assert loss(found) < 0.75 * loss(plain)
     assert not found[3].any()
+
+
+def evaluated(folder: Path, name: str, value: float, **about: str) -> Path:
+    """A kept evaluation, of which a release needs this much."""
+    report = {
+        "date": "2026-01-02T03:04:05Z",
+        "tasks": {name: {"samples": 100}},
+        "scores": {name: {"acc,none": {"value": value, "standard_error": 0.0125}}},
+    }
+    (folder / "evals").mkdir(exist_ok=True)
+    path = folder / "evals" / f"{name}.json"
+    path.write_text(json.dumps(report | about))
+    return path
+
+
+def test_evaluations_go_with_the_release_and_stay_when_it_is_made_again(run: Path) -> None:
+    checkpoint = release_run(run, ["safetensors"]).folder.parent / "checkpoints"
+    newest = max(path.name for path in checkpoint.iterdir() if path.is_dir())
+    weights = digest_of(sorted((run / "release").glob("*.safetensors")))
+    asked = evaluated(run, "asked", 0.625, version=newest)
+    evaluated(run, "earlier", 0.5, version="step-0")
+    here = evaluated(run / "release", "here", 0.75, version="1", digest=weights)
+    stale = evaluated(run / "release", "stale", 0.25, version="1", digest="other weights")
+    (run / "evals" / "broken.json").write_text("{")
+    (run / "release" / "evals" / ".begun.part").write_text("[]\n")
+    before = {path.name: path.read_bytes() for path in (asked, here, stale)}
+    result = release_run(run, ["safetensors"])
+    kept = {path.name: path.read_bytes() for path in (result.folder / "evals").iterdir()}
+    assert kept == before | {".begun.part": b"[]\n"}
+    section = (result.folder / "README.md").read_text().partition("## Evaluations")[2].partition("##")[0]
+    assert [line for line in section.splitlines() if line.startswith("|")][2:] == [
+        "| asked | acc | 0.625 | 0.0125 | 100 | 2026-01-02 |",
+        "| here | acc | 0.75 | 0.0125 | 100 | 2026-01-02 |",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -20,15 +20,19 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from modelworks.model import checkpoint
-from modelworks.model.decoder import Decoder
 from modelworks.model.initial import FOLDER, INDEX, TOKENIZER, refuse_other
+from modelworks.model.vision import network_of
 from modelworks.release.huggingface import SHARD_BYTES, Progress
+from modelworks.release.runs import load_run_content
 from modelworks.release.staging import staged_folder
 from modelworks.release.weights_folder import WeightsFolder
 from modelworks.spec.errors import InputError, OperationError
 from modelworks.spec.files import load_run
 from modelworks.spec.home import runs_folder
 from modelworks.spec.run import RunSpec
+
+_TEMPLATES = ("tokenizer_config.json", "chat_template.jinja")
+"""What says how the model reads dialogues."""
 
 
 def refuse_beginning(spec: RunSpec) -> None:
@@ -63,8 +67,9 @@ def bring_weights(spec: RunSpec, run_folder: Path, progress: Progress | None = N
                 _write(temporary, weights, held)
             held[name] = source.read(name, shape)
         _write(temporary, weights, held)
-        if (source.path / TOKENIZER).is_file():
-            shutil.copyfile(source.path / TOKENIZER, temporary / TOKENIZER)
+        for beside in (TOKENIZER, *_TEMPLATES):
+            if (source.path / beside).is_file():
+                shutil.copyfile(source.path / beside, temporary / beside)
         index = {"key": source.key, "source": str(source.path), "weights": weights}
         (temporary / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
@@ -83,11 +88,12 @@ class _Source:
             )
         self._run = (self.path / "run.toml").is_file()
         self._folder = None if self._run else WeightsFolder(self.path)
-        self._state: dict[str, Tensor] | None = None
+        self._merged: dict[str, Tensor] | None = None
         if self._run:
             newest = checkpoint.newest_good(self.path)
-            self.spec, identity = load_run(self.path / "run.toml").model, [[newest.name, newest.stat().st_mtime_ns]]
-            self._checkpoint = newest
+            run = load_run(self.path / "run.toml")
+            self.spec, identity = run.model, [[newest.name, newest.stat().st_mtime_ns]]
+            self._checkpoint, self._adapts = newest, run.adapter is not None
         else:
             assert self._folder is not None
             self.spec, identity = self._folder.spec, [list(entry) for entry in self._folder.identity()]
@@ -98,11 +104,14 @@ class _Source:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The weights' names and shapes."""
         with torch.device("meta"):
-            decoder = Decoder(self.spec)
+            decoder = network_of(self.spec)
         return {name: tuple(parameter.shape) for name, parameter in decoder.named_parameters()}
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """One of the weights, in fp32."""
+        if self._folder is None and self._adapts:
+            self._merged = self._merged or dict(load_run_content(self.path).decoder.named_parameters())
+            return self._merged[name].detach()
         if self._folder is None:
             found = {f"model.{name}": torch.empty(shape)}
             checkpoint.load(self._checkpoint, found)

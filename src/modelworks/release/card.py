@@ -22,7 +22,9 @@ _PLANNED = (
 )
 
 
-def model_card(run: RunContent, agreements: Mapping[str, Agreement]) -> str:
+def model_card(
+    run: RunContent, agreements: Mapping[str, Agreement], evaluations: Iterable[Mapping[str, Any]] = ()
+) -> str:
     """The text of ``README.md``, with the front matter that the Hugging Face hub reads."""
     model = run.spec.model
     template = Template(files("modelworks.release").joinpath("model_card.md").read_text(encoding="utf-8"))
@@ -38,9 +40,20 @@ def model_card(run: RunContent, agreements: Mapping[str, Agreement]) -> str:
         training=_table(("", ""), _training(run)),
         plan=_plan(run),
         verification=_verification(agreements),
+        evaluations=_evaluations(evaluations),
+        origin=_origin(run),
         seq_len=run.spec.train.seq_len,
         version=__version__,
     )
+
+
+def _origin(run: RunContent) -> str:
+    """What the weights come from."""
+    if run.spec.train.init_from is None:
+        return "This model was trained from scratch on the data above"
+    how = "with an adapter " if run.spec.adapter is not None else ""
+    base = Path(run.spec.train.init_from).name
+    return f"This model began with the weights of {base} and was trained {how}on the data above"
 
 
 def _architecture(run: RunContent) -> list[tuple[str, str]]:
@@ -114,6 +127,23 @@ def _verification(agreements: Mapping[str, Agreement]) -> str:
     ]
     header = ("file", "prompts", "largest difference", "mean total variation", "same first choice")
     return _table(header, rows)
+
+
+def _evaluations(reports: Iterable[Mapping[str, Any]]) -> str:
+    """The scores that were kept of these weights, the newest of each task and metric."""
+    newest: dict[tuple[str, str], tuple[str, str, str, str]] = {}
+    for report in reports:
+        for task, metrics in report["scores"].items():
+            samples = str(report["tasks"].get(task, {}).get("samples", ""))
+            for metric, score in metrics.items():
+                row = (report["date"], _number(score["value"]), _number(score["standard_error"]), samples)
+                newest[task, metric] = max(newest.get((task, metric), row), row)
+    rows = [
+        (task, metric.removesuffix(",none"), value, error, samples, date[:10])
+        for (task, metric), (date, value, error, samples) in sorted(newest.items())
+    ]
+    header = ("task", "metric", "score", "standard error", "samples", "date")
+    return _table(header, rows) if rows else "None was kept."
 
 
 def _tokens(run: RunContent) -> Any:

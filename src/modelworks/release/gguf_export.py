@@ -51,13 +51,19 @@ def write_gguf(
     described: Described,
     progress: Progress | None = None,
 ) -> None:
-    """Write a network with its tokenizer; raises as `write_tensors` does."""
+    """Write a network with its tokenizer, without its eyes; raises as `write_tensors` does."""
+    blind = decoder.spec.model_copy(update={"vision": None})
+    write_tensors(path, blind, vocabulary, precision, described, pieces_of(blind, reading(decoder)), progress)
+
+
+def reading(decoder: Decoder) -> Callable[[str, int | None, tuple[int, ...]], torch.Tensor]:
+    """What gives a network's parameters in fp32, as `pieces_of` asks for them."""
     parameters = dict(decoder.named_parameters())
 
     def read(ours: str, expert: int | None, _: tuple[int, ...]) -> torch.Tensor:
         return TensorPlace("", ours, expert, ()).of(parameters).to(torch.float32)
 
-    write_tensors(path, decoder.spec, vocabulary, precision, described, pieces_of(decoder.spec, read), progress)
+    return read
 
 
 def pieces_of(spec: ModelSpec, read: Callable[[str, int | None, tuple[int, ...]], torch.Tensor]) -> Pieces:

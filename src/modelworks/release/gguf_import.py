@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modelworks.release import gguf_export, quantization
+from modelworks.release import gguf_export, gguf_eyes, quantization
 from modelworks.release.gguf_export import Described, pieces_of
 from modelworks.release.gguf_file import values
 from modelworks.release.gguf_network import ROPE_FACTORS, from_neighbours, rotated_heads, spec_of
@@ -26,6 +26,7 @@ from modelworks.release.vocabulary import (
     read_sentencepiece,
     read_vocabulary,
     refuse_larger,
+    seeing,
     vocabulary_of,
     write_tokenizer,
 )
@@ -42,6 +43,9 @@ _TOKENIZER_FILES = (
     "special_tokens_map.json",
     "generation_config.json",
     "chat_template.jinja",
+    "chat_template.json",
+    "processor_config.json",
+    "added_tokens.json",
 )
 """What is copied along; ``tokenizer.tok.json`` is Grok-2's, which SGLang reads."""
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model")
@@ -124,6 +128,10 @@ def import_huggingface(
     spec, name = source.spec, out.expanduser().absolute().name
     tokenizer = tokenizer or next((folder / file for file in _VOCABULARIES if (folder / file).is_file()), None)
     vocabulary = _vocabulary(tokenizer, spec, needed="gguf" in kinds)
+    if spec.vision is not None and vocabulary is not None:
+        vocabulary = seeing(vocabulary)
+        gguf_eyes.refuse_eyes(spec, vocabulary)
+    blind = spec.model_copy(update={"vision": None})
     identity = [*source.identity(), *([] if tokenizer is None else [(str(tokenizer), tokenizer.stat().st_size, 0)])]
     key = json.dumps([str(folder.absolute()), identity, spec.model_dump(mode="json"), dtype, wanted, kinds])
     with staged_folder(out, key=key) as temporary:
@@ -131,8 +139,11 @@ def import_huggingface(
             write_tensors(temporary, spec, layout_for(spec), source.fill, dtype, progress)
         gguf = temporary / f"{name}-{wanted}.gguf"
         if vocabulary is not None and not gguf.exists():
-            pieces = pieces_of(spec, source.tensor)
-            gguf_export.write_tensors(gguf, spec, vocabulary, wanted, Described(name), pieces, progress)
+            if spec.vision is not None:
+                eyes, half = gguf_eyes.eyes_file(gguf), wanted != "f32"
+                gguf_eyes.write_eyes(eyes, spec, source.tensor, Described(name), half=half, progress=progress)
+            pieces = pieces_of(blind, source.tensor)
+            gguf_export.write_tensors(gguf, blind, vocabulary, wanted, Described(name), pieces, progress)
         for file in (*(folder / beside for beside in _TOKENIZER_FILES), *([tokenizer] if tokenizer else [])):
             if file.is_file():
                 shutil.copyfile(file, temporary / file.name)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from modelworks.model.decoder import Decoder
+from modelworks.model.vision import network_of
 from modelworks.release.layouts import TensorPlace, layout_for, places
 from modelworks.release.staging import flush, staged_folder
 from modelworks.release.weights_folder import WeightsFolder
 from modelworks.spec.errors import InputError, OperationError
-from modelworks.spec.huggingface import Layout, config_from_model
+from modelworks.spec.huggingface import Layout, config_from_model, preprocessor_config
 from modelworks.spec.model import ModelSpec
 
 Progress = Callable[[str, int, int], None]
@@ -144,6 +145,8 @@ def write_tensors(
         _write_shard(file, tensors)
     if len(shards) > 1:
         files.append(_write_index(folder, shards, files))
+    if spec.vision is not None:
+        files.append(_write_json(folder / "preprocessor_config.json", preprocessor_config(spec.vision)))
     return [_write_json(folder / "config.json", config), *files]
 
 
@@ -153,14 +156,14 @@ def refuse_dtype(dtype: str) -> None:
         raise InputError(f"dtype = {dtype!r} is not accepted: one of {', '.join(DTYPES)} is")
 
 
-def formats(given: Iterable[str]) -> list[str]:
+def formats(given: Iterable[str], accepted: Sequence[str] = FORMATS) -> list[str]:
     """The formats that are written, each once; an `InputError` that names those accepted otherwise."""
     names = list(dict.fromkeys(name.strip() for name in given))
     for name in names:
-        if name not in FORMATS:
-            raise InputError(f"to = {name!r} is not accepted: {' and '.join(FORMATS)} are")
+        if name not in accepted:
+            raise InputError(f"to = {name!r} is not accepted: {' and '.join(accepted)} are")
     if not names:
-        raise InputError(f"to is empty: {' or '.join(FORMATS)} is needed")
+        raise InputError(f"to is empty: {' or '.join(accepted)} is needed")
     return names
 
 
@@ -202,5 +205,5 @@ def _write_json(path: Path, values: dict[str, Any]) -> Path:
 def _empty_decoder(spec: ModelSpec) -> Decoder:
     """A network whose weights are not drawn, since they will be read."""
     with torch.device("meta"):
-        decoder = Decoder(spec)
+        decoder = network_of(spec)
     return decoder.to_empty(device="cpu").requires_grad_(False)

@@ -7,16 +7,17 @@ network doesn't have (biases, norms of queries and keys) are passed over. All we
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from modelworks.model.decoder import Decoder
+from modelworks.model.vision import network_of
 from modelworks.spec.errors import InputError
 from modelworks.spec.huggingface import Layout, layout_of
-from modelworks.spec.model import ModelSpec
+from modelworks.spec.model import ModelSpec, VisionSpec
 
 _ENDS = (
     ("embed.weight", "model.embed_tokens.weight"),
@@ -61,6 +62,28 @@ _VLLM_GROK = (
     ("blocks.{layer}.moe.down", "model.layers.{layer}.moe_block.experts.{expert}.linear_1.weight"),
 )
 
+
+def _tower(ours: str, theirs: str) -> tuple[tuple[str, str], ...]:
+    """Rows of a vision tower under two prefixes."""
+    parts = (
+        ("patches.weight", "embeddings.patch_embedding.weight"),
+        ("patches.bias", "embeddings.patch_embedding.bias"),
+        ("positions.weight", "embeddings.position_embedding.weight"),
+        *(
+            (f"blocks.{{layer}}.{our}.{kind}", f"encoder.layers.{{layer}}.{their}.{kind}")
+            for our, their in (
+                ("attn_norm", "layer_norm1"), ("attn.wq", "self_attn.q_proj"), ("attn.wk", "self_attn.k_proj"),
+                ("attn.wv", "self_attn.v_proj"), ("attn.wo", "self_attn.out_proj"), ("mlp_norm", "layer_norm2"),
+                ("mlp.up", "mlp.fc1"), ("mlp.down", "mlp.fc2"),
+            )
+            for kind in ("weight", "bias")
+        ),
+        ("final_norm.weight", "post_layernorm.weight"),
+        ("final_norm.bias", "post_layernorm.bias"),
+    )  # fmt: skip
+    return tuple((ours + our, theirs + their) for our, their in parts)
+
+
 TABLES: dict[Layout, tuple[tuple[str, str], ...]] = {
     "grok-1": (*_ENDS, *_SANDWICH_NORMS, *_ATTENTION, *_DENSE, *_SPARSE),
     "grok-1-vllm": (*_ENDS, *_SANDWICH_NORMS, *_VLLM_GROK),
@@ -72,6 +95,34 @@ TABLES: dict[Layout, tuple[tuple[str, str], ...]] = {
     "mixtral": (*_ENDS, *_PRE_NORMS, *_ATTENTION, *_SPARSE),
 }
 """The tensors' names in Hugging Face folders, by layout."""
+
+_EYES = (
+    ("eyes.connector.maps.0.weight", "model.connector.modality_projection.proj.weight"),
+    *_tower("eyes.tower.", "model.vision_model."),
+)
+TABLES["idefics3"] = (
+    *((ours, theirs.replace("model.", "model.text_model.", 1)) for ours, theirs in TABLES["llama"]),
+    *_EYES,
+)
+TOWER_TABLE: tuple[tuple[str, str], ...] = _tower("", "vision_model.")
+"""The names of SigLIP's vision tower, whose pooling head is left out."""
+EYES_GGUF_TABLE: tuple[tuple[str, str], ...] = (
+    ("connector.maps.0.weight", "mm.model.fc.weight"),
+    ("tower.patches.weight", "v.patch_embd.weight"),
+    ("tower.patches.bias", "v.patch_embd.bias"),
+    ("tower.positions.weight", "v.position_embd.weight"),
+    *(
+        (f"tower.blocks.{{layer}}.{ours}.{kind}", f"v.blk.{{layer}}.{theirs}.{kind}")
+        for ours, theirs in (
+            ("attn_norm", "ln1"), ("attn.wq", "attn_q"), ("attn.wk", "attn_k"), ("attn.wv", "attn_v"),
+            ("attn.wo", "attn_out"), ("mlp_norm", "ln2"), ("mlp.up", "ffn_up"), ("mlp.down", "ffn_down"),
+        )
+        for kind in ("weight", "bias")
+    ),
+    ("tower.final_norm.weight", "v.post_ln.weight"),
+    ("tower.final_norm.bias", "v.post_ln.bias"),
+)  # fmt: skip
+"""The names of tower and connector in the file that llama.cpp calls a multimodal projector."""
 
 GGUF_TABLE: tuple[tuple[str, str], ...] = (
     ("embed.weight", "token_embd.weight"),
@@ -111,7 +162,8 @@ class TensorPlace:
     def of(self, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The tensor itself, a view into the parameter."""
         parameter = parameters[self.ours].detach()
-        return parameter if self.expert is None else parameter[self.expert]
+        part = parameter if self.expert is None else parameter[self.expert]
+        return part.view(self.shape) if self.shape else part
 
 
 def places(spec: ModelSpec, layout: Layout | Literal["gguf"]) -> list[TensorPlace]:
@@ -123,18 +175,34 @@ def places(spec: ModelSpec, layout: Layout | Literal["gguf"]) -> list[TensorPlac
         If a parameter of the network has no name in the layout.
     """
     with torch.device("meta"):
-        parameters = {name: tuple(parameter.shape) for name, parameter in Decoder(spec).named_parameters()}
+        parameters = {name: tuple(parameter.shape) for name, parameter in network_of(spec).named_parameters()}
     table = GGUF_TABLE if layout == "gguf" else TABLES[layout]
-    theirs = dict(table)
+    found = places_of(parameters, dict(table), layout, spec.vision)
+    if spec.tied_embeddings and layout in ("grok-1", "grok-1-vllm"):
+        # SGLang and vLLM multiply with an explicit head even where it equals the embedding.
+        found.append(TensorPlace("lm_head.weight", "embed.weight", None, parameters["embed.weight"]))
+    return found
+
+
+def places_of(
+    parameters: Mapping[str, tuple[int, ...]], theirs: Mapping[str, str], layout: str, vision: VisionSpec | None = None
+) -> list[TensorPlace]:
+    """The tensors of parameters, given by their names and shapes, under a table's names.
+
+    Raises
+    ------
+    InputError
+        If a parameter has no name there.
+    """
     found: list[TensorPlace] = []
     for name, shape in parameters.items():
         layer, pattern = _pattern(name)
         if pattern not in theirs:
             raise InputError(f"the layout {layout} has no name for the network's parameter {name}")
+        if vision is not None and name.endswith("patches.weight"):
+            # A matrix here, a convolution's kernel there: the same numbers in the same order.
+            shape = (vision.hidden, 3, vision.patch_size, vision.patch_size)
         found += _expanded(theirs[pattern], name, layer, shape)
-    if spec.tied_embeddings and layout in ("grok-1", "grok-1-vllm"):
-        # SGLang and vLLM multiply with an explicit head even where it equals the embedding.
-        found.append(TensorPlace("lm_head.weight", "embed.weight", None, parameters["embed.weight"]))
     return found
 
 
@@ -150,10 +218,8 @@ def layout_for(spec: ModelSpec, vllm: bool = False) -> Layout:
 
 def _pattern(name: str) -> tuple[str, str]:
     """``blocks.3.attn.wq.weight`` as (``3``, ``blocks.{layer}.attn.wq.weight``)."""
-    if not name.startswith("blocks."):
-        return "", name
-    _, layer, rest = name.split(".", 2)
-    return layer, "blocks.{layer}." + rest
+    found = re.match(r"(.*?\bblocks\.)(\d+)(\..*)", name)
+    return (found[2], f"{found[1]}{{layer}}{found[3]}") if found else ("", name)
 
 
 def _expanded(theirs: str, ours: str, layer: str, shape: tuple[int, ...]) -> Iterator[TensorPlace]:

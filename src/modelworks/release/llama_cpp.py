@@ -27,7 +27,11 @@ TIMEOUT_S = 600.0
 
 
 def next_token_probabilities(
-    model: Path, prompts: Sequence[Sequence[int]], vocabulary: int, timeout_s: float = TIMEOUT_S
+    model: Path,
+    prompts: Sequence[Sequence[int]],
+    vocabulary: int,
+    timeout_s: float = TIMEOUT_S,
+    adapter: Path | None = None,
 ) -> np.ndarray:
     """What llama.cpp expects after each prompt.
 
@@ -39,6 +43,8 @@ def next_token_probabilities(
         Token ids.
     vocabulary
         How many pieces the network's vocabulary has.
+    adapter
+        A GGUF adapter that changes it.
 
     Returns
     -------
@@ -56,7 +62,7 @@ def next_token_probabilities(
     asked["logit_bias"] = [[_letter(model), 1e4]]
     bodies = [{"prompt": list(prompt), **asked} for prompt in prompts]
     probabilities = np.zeros((len(prompts), vocabulary))
-    for row, answer in zip(probabilities, _ask(model, bodies, timeout_s), strict=True):
+    for row, answer in zip(probabilities, _ask(model, bodies, timeout_s, adapter), strict=True):
         ids, logarithms = answer["ids"], answer["logprobs"]
         if len(ids) != vocabulary:
             raise OperationError(f"{model}: llama.cpp gave {len(ids)} probabilities for a vocabulary of {vocabulary}")
@@ -75,10 +81,14 @@ def _letter(model: Path) -> int:
     raise OperationError(f"{model}: its tokenizer has no letters")
 
 
-def _ask(model: Path, bodies: list[dict[str, Any]], timeout_s: float) -> list[dict[str, Any]]:
+def _ask(
+    model: Path, bodies: list[dict[str, Any]], timeout_s: float, adapter: Path | None = None
+) -> list[dict[str, Any]]:
     """Put questions to a llama.cpp of our own and wait for all answers."""
     longest = max(len(body["prompt"]) + body["n_predict"] for body in bodies)
     question = {"model": str(model), "context": longest + 8, "bodies": bodies}
+    if adapter is not None:
+        question["adapter"] = str(adapter)
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
         command = [sys.executable, "-m", __name__, str(answer)]
@@ -111,6 +121,8 @@ def _answer(question: dict[str, Any]) -> list[dict[str, Any]]:
     settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = 1
     settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    if "adapter" in question:
+        settings.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(question["adapter"], 1.0)]
     server = xllamacpp.Server(settings)
     return [_shortened(_post(f"{server.listening_address}/completion", body)) for body in question["bodies"]]
 

@@ -9,18 +9,23 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from modelworks.release.adapters import refuse_adapter_formats, write_gguf_adapter, write_peft
 from modelworks.release.agreement import Agreement, fixed_prompts, measure_agreement
 from modelworks.release.card import model_card, write_verification
-from modelworks.release.gguf_export import Described, write_gguf
+from modelworks.release.evaluations import evaluations_of, keep_evaluations
+from modelworks.release.gguf_export import Described, reading, write_gguf
+from modelworks.release.gguf_eyes import eyes_file, refuse_eyes, write_eyes
 from modelworks.release.huggingface import FORMATS, Progress, formats, write_model
 from modelworks.release.quantization import Precision, precision
 from modelworks.release.runs import RunContent, load_run_content
 from modelworks.release.staging import staged_folder
-from modelworks.release.vocabulary import Vocabulary, read_vocabulary, write_tokenizer_config
+from modelworks.release.vocabulary import Vocabulary, read_vocabulary, seeing, write_tokenizer_config
 from modelworks.spec.errors import InputError
+
+PEFT_FOLDER = "peft"
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,11 @@ class ReleaseResult:
     files: dict[str, Path]
     """By name within the folder."""
     gguf: Path | None
-    """The first GGUF file, for serving."""
+    """The first GGUF file of whole weights, for serving."""
+    adapter: Path | None
+    """The GGUF adapter."""
+    eyes: Path | None = None
+    """Of a network that sees, the file of its tower and connector beside `gguf`."""
     verification: dict[str, Agreement] = field(default_factory=dict)
     """By GGUF file."""
 
@@ -45,14 +54,15 @@ def release_run(
     dtype: str = "float32",
     vllm: bool = False,
 ) -> ReleaseResult:
-    """Write `run`/release from the newest good checkpoint, in place of an earlier release.
+    """Write `run`/release from the newest good checkpoint, in place of an earlier release, whose evaluations stay.
 
     Parameters
     ----------
     run
         The run's folder.
     to
-        `safetensors`, `gguf` or both.
+        `safetensors` and `gguf`, whole weights with an adapter merged into them; of a run with an adapter also `peft`
+        and `gguf-adapter`, the adapter alone.
     quantize
         Precisions of the GGUF files, one file each; those of the run's spec if unset.
     dtype, vllm
@@ -65,12 +75,20 @@ def release_run(
     OperationError
         If there is no good checkpoint, a file can't be written, or llama.cpp doesn't agree with PyTorch.
     """
-    kinds = formats(to)
+    kinds = formats(to, (*FORMATS, "peft", "gguf-adapter"))
     content = load_run_content(run)
+    refuse_adapter_formats(kinds, content.spec.adapter)
     precisions = list(dict.fromkeys(precision(name) for name in quantize or content.spec.release.quantize))
     if "gguf" in kinds and not precisions:
         raise InputError("quantize is empty: at least one precision of the GGUF is needed")
     vocabulary = read_vocabulary(content.tokenizer, content.spec.model.vocab)
+    if content.chat_template is not None:
+        vocabulary = replace(vocabulary, chat_template=content.chat_template)
+    sees = content.spec.model.vision is not None
+    if sees:
+        vocabulary = seeing(vocabulary)
+        if "gguf" in kinds:
+            refuse_eyes(content.spec.model, vocabulary)
     target = run / "release"
     with staged_folder(target, replace=True) as folder:
         agreements: dict[str, Agreement] = {}
@@ -79,15 +97,26 @@ def release_run(
         if "gguf" in kinds:
             agreements = _write_ggufs(folder, content, vocabulary, precisions, progress)
             write_verification(folder / "verification.json", agreements)
+        if "peft" in kinds:
+            # Apart from whole weights, which Hugging Face's libraries would put it on once more.
+            (folder / PEFT_FOLDER).mkdir()
+            write_peft(folder / PEFT_FOLDER, content)
+        adapter = folder / f"{content.spec.name}-adapter.gguf"
+        if "gguf-adapter" in kinds:
+            write_gguf_adapter(adapter, content)
         _write_tokenizer(folder, content, vocabulary)
-        (folder / "README.md").write_text(model_card(content, agreements), encoding="utf-8")
-        names = sorted(path.name for path in folder.iterdir())
+        keep_evaluations(run, content.checkpoint.name, target, folder)
+        card = model_card(content, agreements, evaluations_of(folder, content.checkpoint.name))
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     first = next(iter(agreements), None)
     return ReleaseResult(
         folder=target,
         files={name: target / name for name in names},
         gguf=None if first is None else target / first,
+        adapter=target / adapter.name if "gguf-adapter" in kinds else None,
         verification=agreements,
+        eyes=None if first is None or not sees else eyes_file(target / first),
     )
 
 
@@ -105,6 +134,9 @@ def _write_ggufs(
         path = folder / f"{spec.name}-{wanted}.gguf"
         described = Described(spec.name, spec.release.license.lower())
         write_gguf(path, content.decoder, vocabulary, wanted, described, progress)
+        if spec.model.vision is not None:
+            half, read = wanted != "f32", reading(content.decoder)
+            write_eyes(eyes_file(path), spec.model, read, described, half=half, progress=progress)
         if progress is not None:
             progress(f"comparing llama.cpp with PyTorch ({wanted})", done, len(precisions))
         agreements[path.name] = measure_agreement(path, content.decoder, prompts, wanted)

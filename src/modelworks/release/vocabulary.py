@@ -9,13 +9,14 @@ there, and is refused.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import gguf
 from tokenizers import Tokenizer
 
+from modelworks.spec.chatml import CHATML
 from modelworks.spec.errors import InputError, OperationError
 
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -47,12 +48,22 @@ PRE_TOKENIZERS: dict[str, dict[str, Any]] = {
 }
 """llama.cpp's names of pre-tokenizers, and what ``tokenizer.json`` says for each."""
 
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] }}"
-    "{{ '<|im_end|>' + '\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+_PARTS = (
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<image>' }}{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
 )
-"""The chat template of the models that we train: https://github.com/openai/openai-python/blob/v0.28.1/chatml.md"""
+CHATML_SEEING = CHATML.replace("'\n' + message['content'] }}", f"'\n' }}}}{_PARTS}")
+"""The same with images among a message's parts. To llama.cpp they come as text, a mark that it then replaces."""
+SMOLVLM = (
+    "{{ BEGIN }}{% for message in messages %}{{ message['role'] | capitalize + ':' }}"
+    "{% if message['content'] is string %}{% set first = message['content'] %}{% else %}"
+    "{% set first = message['content'][0]['text'] or '<__media' %}{% endif %}"
+    "{% if not first.startswith('<__media') %}{{ ' ' }}{% endif %}"
+    + _PARTS
+    + "{{ '<end_of_utterance>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+"""SmolVLM's chat template, which has no space before an image that begins a message, for transformers and llama.cpp
+alike; `BEGIN` stands for the token that begins a text."""
 _NORMAL, _UNUSED, _CONTROL = (
     int(kind) for kind in (gguf.TokenType.NORMAL, gguf.TokenType.UNUSED, gguf.TokenType.CONTROL)
 )
@@ -142,6 +153,16 @@ def read_vocabulary(path: Path, size: int) -> Vocabulary:
     return Vocabulary(
         tokens, types, merges, _pre_name(values.get("pre_tokenizer"), path), bos, bos, pieces.get("<|im_end|>"), CHATML
     )
+
+
+def seeing(vocabulary: Vocabulary) -> Vocabulary:
+    """A vocabulary with the chat template of a network that sees: SmolVLM's where the vocabulary ends turns as it does,
+    else ChatML with images."""
+    if "<end_of_utterance>" not in vocabulary.tokens:
+        return replace(vocabulary, chat_template=CHATML_SEEING)
+    begin = next((mark for mark in ("<|im_start|>", "<|begin_of_text|>") if mark in vocabulary.tokens), "")
+    template = SMOLVLM.replace("BEGIN", repr(begin))
+    return replace(vocabulary, chat_template=template, eot=vocabulary.tokens.index("<end_of_utterance>"))
 
 
 def refuse_larger(path: Path, size: int) -> Tokenizer:

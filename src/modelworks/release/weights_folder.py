@@ -19,10 +19,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from modelworks.model.vision import Tower
 from modelworks.release.json_file import read_json
-from modelworks.release.layouts import TensorPlace, places
+from modelworks.release.layouts import TOWER_TABLE, TensorPlace, places, places_of
 from modelworks.spec.errors import InputError
-from modelworks.spec.huggingface import layout_of, model_from_config
+from modelworks.spec.huggingface import layout_of, model_from_config, tower_from_config
 from modelworks.spec.model import ModelSpec
 
 _PRESHARDED = re.compile(r".*-TP-(common|\d{3})\.safetensors")
@@ -79,25 +80,40 @@ class WeightsFolder:
             If it holds values that aren't finite numbers in the target's dtype.
         """
         found = self._places[place.ours, place.expert]
-        stored = self._stored[found.theirs]
-        begin = 0
-        for file in stored.files if stored.dim is not None else stored.files[:1]:
-            with open_safetensors(file) as content:
-                part = content.get_tensor(found.theirs)
-                if stored.dim is None:
-                    target.copy_(part)
-                else:
-                    target.narrow(stored.dim, begin, part.shape[stored.dim]).copy_(part)
-                    begin += part.shape[stored.dim]
-                del part
-        if not bool(torch.isfinite(target).all()):
-            raise InputError(f"{stored.files[0]}: {found.theirs} holds values that aren't finite numbers")
+        _copy(self._stored[found.theirs], found.theirs, target)
 
     def tensor(self, ours: str, expert: int | None, shape: tuple[int, ...]) -> Tensor:
         """A parameter, or an expert's part of it, in fp32."""
         found = torch.empty(shape)
-        self.fill(TensorPlace("", ours, expert, shape), found)
+        place = self._places[ours, expert]
+        self.fill(place, found.view(place.shape))
         return found
+
+
+def load_tower(folder: Path) -> Tower:
+    """Read the vision tower of a SigLIP folder in fp32; its text tower and its pooling head are left out.
+
+    Raises
+    ------
+    InputError
+        If the folder lacks a file or a tensor, or one has another shape than the config says or values that aren't
+        finite.
+    """
+    spec = tower_from_config(folder / "config.json")
+    held = _files_by_tensor(folder)
+    with torch.device("meta"):
+        tower = Tower(spec)
+    tower = tower.to_empty(device="cpu").requires_grad_(False)
+    parameters = dict(tower.named_parameters())
+    table = dict(TOWER_TABLE)
+    if not any(name.startswith("vision_model.") for name in held):
+        table = {ours: theirs.removeprefix("vision_model.") for ours, theirs in table.items()}
+    wanted = places_of({name: tuple(value.shape) for name, value in parameters.items()}, table, "siglip", spec)
+    _refuse_missing(wanted, held, folder, "siglip")
+    stored = _checked(wanted, held, folder)
+    for place in wanted:
+        _copy(stored[place.theirs], place.theirs, place.of(parameters))
+    return tower
 
 
 def open_safetensors(file: Path) -> Any:
@@ -106,6 +122,22 @@ def open_safetensors(file: Path) -> Any:
         return safe_open(file, framework="pt")
     except (OSError, SafetensorError) as error:
         raise InputError(f"{file}: is truncated or damaged: {error}") from None
+
+
+def _copy(stored: Stored, theirs: str, target: Tensor) -> None:
+    """Copy a tensor into `target`; an `InputError` if it then holds values that aren't finite numbers."""
+    begin = 0
+    for file in stored.files if stored.dim is not None else stored.files[:1]:
+        with open_safetensors(file) as content:
+            part = content.get_tensor(theirs)
+            if stored.dim is None:
+                target.copy_(part)
+            else:
+                target.narrow(stored.dim, begin, part.shape[stored.dim]).copy_(part)
+                begin += part.shape[stored.dim]
+            del part
+    if not bool(torch.isfinite(target).all()):
+        raise InputError(f"{stored.files[0]}: {theirs} holds values that aren't finite numbers")
 
 
 def _files_by_tensor(folder: Path) -> dict[str, list[Path]]:
@@ -170,18 +202,22 @@ def _wanted(spec: ModelSpec, held: Mapping[str, Any], folder: Path) -> list[Tens
     wanted = [
         place for place in places(spec, layout) if not (spec.tied_embeddings and place.theirs == "lm_head.weight")
     ]
-    missing = [place.theirs for place in wanted if place.theirs not in held]
-    if missing:
-        raise InputError(
-            f"{folder}: {len(missing)} of {len(wanted)} tensors are missing, the first is {missing[0]} "
-            f"(the names of {layout} are accepted)"
-        )
+    _refuse_missing(wanted, held, folder, layout)
     expected = {place.theirs for place in wanted} | {"lm_head.weight"}
     # Old exporters stored the rotary frequencies, which follow from the config.
     surplus = [name for name in held if name not in expected and not name.endswith("rotary_emb.inv_freq")]
     if surplus:
         raise InputError(f"{folder}: holds {len(surplus)} tensors that the config has no place for: {surplus[0]}")
     return wanted
+
+
+def _refuse_missing(wanted: list[TensorPlace], held: Mapping[str, Any], folder: Path, layout: str) -> None:
+    missing = [place.theirs for place in wanted if place.theirs not in held]
+    if missing:
+        raise InputError(
+            f"{folder}: {len(missing)} of {len(wanted)} tensors are missing, the first is {missing[0]} "
+            f"(the names of {layout} are accepted)"
+        )
 
 
 def _checked(wanted: list[TensorPlace], held: Mapping[str, list[Path]], folder: Path) -> dict[str, Stored]:
