@@ -157,7 +157,7 @@ def test_names_in_a_picture_are_text(model: Model) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--task", "needles"], "--task needles is not accepted: needle, ruler, position-perplexity are"),
+        (["--task", "needles"], "--task needles is not accepted: there is no such task; near it are needle"),
         (["--task", "needle", "--lengths", "700"], "takes 600 tokens; more are tried with --set model.context=700"),
         (["--task", "needle", "--lengths", "64,a"], "--lengths a is not accepted: positive whole numbers"),
         (["--task", "needle", "--lengths", "32"], "--lengths 32 is not accepted: 64 tokens or more are"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
@@ -12,12 +13,14 @@ from torch import Tensor
 from modelworks.evaluate.haystack import Encode
 from modelworks.model.decoder import Decoder
 from modelworks.model.loss import head_logits
+from modelworks.release.evaluations import digest_of
+from modelworks.release.gguf_import import import_gguf
 from modelworks.release.huggingface import load_pretrained
 from modelworks.release.runs import load_run_content
 from modelworks.spec.errors import InputError
 from modelworks.spec.fields import validate
 from modelworks.spec.files import apply_overrides
-from modelworks.spec.home import runs_folder
+from modelworks.spec.home import models_folder, runs_folder
 from modelworks.spec.model import ModelSpec
 
 ROWS = 512
@@ -40,17 +43,31 @@ class Model:
         The token ids of a text, without special tokens.
     version
         What tells it from another state of itself, such as a later checkpoint.
+    tokenizer
+        Its ``tokenizer.json``.
+    weights
+        The files that hold it.
+    unpacked
+        Keeps what was made of a GGUF file for as long as it is needed.
     """
 
     name: str
     decoder: Decoder
     encode: Encode
     version: str
+    tokenizer: Path
+    weights: tuple[Path, ...]
+    unpacked: TemporaryDirectory[str] | None = None
 
     @property
     def context(self) -> int:
         """The longest sequence that it takes, in tokens."""
         return self.decoder.spec.context
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of its files' own SHA-256, in the order of their names."""
+        return digest_of(self.weights)
 
     @torch.inference_mode()
     def states(self, ids: list[int]) -> Tensor:
@@ -78,12 +95,12 @@ class Model:
 
 
 def load_model(name: str, overrides: Iterable[str] = ()) -> Model:
-    """Load a run's newest checkpoint, or a Hugging Face folder such as a release.
+    """Load a run's newest checkpoint, a Hugging Face folder such as a release, or a GGUF file, dequantised.
 
     Parameters
     ----------
     name
-        A run's name, its folder, or a Hugging Face folder.
+        A run's name, its folder, a Hugging Face folder, a GGUF file, or a stored model's name.
     overrides
         ``"model.context=16384"``: fields of the network (`MAY_CHANGE`) that are tried otherwise than it was trained.
 
@@ -94,22 +111,48 @@ def load_model(name: str, overrides: Iterable[str] = ()) -> Model:
     OperationError
         If a run has no checkpoint that is whole.
     """
-    folder = Path(name).expanduser()
-    if not folder.is_dir() and folder.name == name:
-        folder = runs_folder() / name
-    if not folder.is_dir():
-        raise InputError(f"there is no model {name!r}: a run's name, its folder or a Hugging Face folder is accepted")
+    folder = found_model(name)
+    unpacked, gguf = None, folder if folder.is_file() else None
+    if gguf is not None:
+        unpacked = TemporaryDirectory(prefix="modelworks-eval-")
+        import_gguf(gguf, Path(unpacked.name) / "model")
+        folder = Path(unpacked.name) / "model"
     if (folder / "run.toml").is_file():
         content = load_run_content(folder)
         decoder, tokenizer, version = content.decoder, content.tokenizer, content.checkpoint.name
+        weights = [path for path in sorted(content.checkpoint.rglob("*")) if path.is_file()]
     else:
         tokenizer = folder / "tokenizer.json"
         if not tokenizer.is_file():
             raise InputError(f"{folder}: has no tokenizer.json, and a text takes one")
         decoder = load_pretrained(folder)
-        version = str(max(int(path.stat().st_mtime) for path in folder.iterdir()))
+        weights = sorted(folder.glob("*.safetensors")) if gguf is None else [gguf]
+        files = [path for path in folder.iterdir() if path.is_file()] if gguf is None else weights
+        version = str(max(int(path.stat().st_mtime) for path in files))
     decoder.spec = changed(decoder.spec, overrides)
-    return Model(name, decoder.eval(), _encoder(tokenizer), version)
+    return Model(name, decoder.eval(), _encoder(tokenizer), version, tokenizer, tuple(weights), unpacked)
+
+
+def found_model(name: str) -> Path:
+    """The folder or the GGUF file of a model: given as such, a run's or a stored model's by its name.
+
+    Raises
+    ------
+    InputError
+        If there is no such model.
+    """
+    given = Path(name).expanduser()
+    stored = models_folder() / name / f"{name}.gguf"
+    if given.is_dir() or (given.is_file() and given.suffix == ".gguf"):
+        return given
+    if given.name == name and (runs_folder() / name).is_dir():
+        return runs_folder() / name
+    if given.name == name and stored.is_file():
+        return stored
+    raise InputError(
+        f"there is no model {name!r}: a run's name, its folder, a Hugging Face folder, a GGUF file or a stored model's "
+        "name is accepted"
+    )
 
 
 def changed(spec: ModelSpec, overrides: Iterable[str]) -> ModelSpec:

@@ -32,6 +32,23 @@ def write_picture(reports: Sequence[dict[str, Any]], path: Path) -> None:
     write_whole(path, drawn if path.suffix == ".svg" else document(str(reports[0]["task"]), drawn))
 
 
+def write_comparison(compared: dict[str, Any], path: Path) -> None:
+    """Draw a comparison's differences with their intervals, as the file's ending says.
+
+    Raises
+    ------
+    InputError
+        If the ending is another one than ``.svg`` or ``.html``.
+    OperationError
+        If the file can't be written.
+    """
+    refuse_other_pictures(path)
+    markup, width, height = _differences(compared)
+    title = f"{compared['model']} against {compared['against']}"
+    drawn = _image(markup, width, height)
+    write_whole(path, drawn if path.suffix == ".svg" else document(title, drawn))
+
+
 def refuse_other_pictures(path: Path | None) -> None:
     """Refuse a file that no picture is written to, before the work is done."""
     if path is not None and path.suffix not in (".svg", ".html"):
@@ -46,10 +63,54 @@ def drawing(reports: Sequence[dict[str, Any]]) -> str:
     for markup, wide, _ in panels:
         placed.append(f'<g transform="translate({left} 0)">{markup}</g>')
         left += wide
+    return _image("".join(placed), width, height)
+
+
+def _image(markup: str, width: int, height: int) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-        f'font-family="system-ui, sans-serif" font-size="12" fill="{INK}" role="img">{"".join(placed)}</svg>\n'
+        f'font-family="system-ui, sans-serif" font-size="12" fill="{INK}" role="img">{markup}</svg>\n'
     )
+
+
+def _differences(compared: dict[str, Any]) -> tuple[str, int, int]:
+    """A line for each metric's interval, in parts of the larger score, with a point at the difference."""
+    left, wide, rows = 260, 420, compared["rows"]
+    width, height = left + wide + 200, _TOP + _ROW * len(rows) + _BELOW
+    scaled = []
+    for row in rows:
+        scale = max(abs(row["score"]), abs(row["against"])) or 1.0
+        scaled.append([value / scale for value in (*row["interval"], row["difference"])])
+    reach = max((abs(value) for values in scaled for value in values), default=0.0) or 1.0
+
+    def across(value: float) -> float:
+        return left + wide * (0.5 + 0.48 * value / reach)
+
+    bottom = _TOP + _ROW * len(rows)
+    parts = [
+        _text(width / 2, 22, f"{compared['model']} against {compared['against']}", "middle"),
+        f'<line x1="{across(0):g}" y1="{_TOP}" x2="{across(0):g}" y2="{bottom}" stroke="{INK}" '
+        'stroke-dasharray="3 3"/>',
+        _text(across(-reach), bottom + 18, f"{-reach:+.1%}", "start"),
+        _text(across(reach), bottom + 18, f"{reach:+.1%}", "end"),
+        _text(across(0), bottom + 40, "difference in parts of the larger score, 95 % interval", "middle"),
+    ]
+    for number, (row, (low, high, middle)) in enumerate(zip(rows, scaled, strict=True)):
+        y = _TOP + _ROW * (number + 0.5)
+        colour = {"better": _shade(_BEST), "worse": _shade(_WORST)}.get(row["verdict"], INK)
+        name = f"{row['task']} {row['metric'].removesuffix(',none')}"
+        parts += [
+            _text(left - 10, y + 4, name, "end"),
+            f'<line x1="{across(low):.1f}" y1="{y:g}" x2="{across(high):.1f}" y2="{y:g}" stroke="{colour}" '
+            'stroke-width="3"/>',
+            f'<circle cx="{across(middle):.1f}" cy="{y:g}" r="5" fill="{colour}"/>',
+            _text(left + wide + 10, y + 4, row["verdict"].partition(" with ")[0], "start", colour),
+        ]
+    return "".join(parts), width, height
+
+
+def _shade(colour: tuple[int, int, int]) -> str:
+    return f"rgb({colour[0]},{colour[1]},{colour[2]})"
 
 
 def _heat_map(report: dict[str, Any]) -> tuple[str, int, int]:

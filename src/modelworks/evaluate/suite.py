@@ -19,6 +19,7 @@ import torch
 
 from modelworks.evaluate.haystack import Haystack, Sample, held_out
 from modelworks.evaluate.models import Model
+from modelworks.evaluate.questions import BENCHMARKS
 from modelworks.evaluate.tasks import RULER, needle
 from modelworks.spec.errors import InputError, OperationError
 from modelworks.spec.home import write_atomically
@@ -43,7 +44,7 @@ def task_name(given: str) -> TaskName:
     for name in get_args(TaskName):
         if given == name:
             return name  # type: ignore[no-any-return]
-    raise InputError(f"--task {given} is not accepted: {', '.join(TASKS)} are")
+    raise InputError(f"--task {given} is not accepted: {', '.join([*TASKS, *BENCHMARKS])} are")
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def evaluate(
     }
     cells = list(_cells(task, lengths, depths))
     haystack = Haystack(model.encode)
-    done = _Kept(out, head)
+    done = Kept(out, head)
     rows: list[dict[str, Any]] = []
     for number, cell in enumerate(cells):
         measured = done.found.get(cell.key)
@@ -220,7 +221,7 @@ def _positions(model: Model, length: int, samples: int) -> dict[str, Any]:
     }
 
 
-class _Kept:
+class Kept:
     """The cells of a report that is not finished: a file of one JSON line each, behind one that says of what."""
 
     def __init__(self, out: Path | None, head: dict[str, Any]) -> None:
