@@ -2,13 +2,14 @@
 
 Each token says when it was sent (``time.monotonic_ns``, one clock for all processes of a machine) and its number, so
 that whoever receives it knows its delay and whether one is missing. It also fails on demand, for tests:
-``POST /control`` takes what it shall do from now on, ``GET /seen`` tells what has happened.
+``POST /control`` takes what it shall do from now on, ``GET /seen`` tells what has happened. With ``says`` its tokens
+are words of that text.
 
     python tests/serve/stub_engine.py [--port 0] [--rate 50] [--tokens 32] [--model stub]
 
 Faults: ``none``, ``refuse`` (500), ``redirect`` (302 to ``elsewhere``), ``busy`` (429), ``silent`` (never answers),
 ``die`` (hangs up at once), ``break`` (hangs up after three tokens), ``stall`` (says nothing after three tokens),
-``bad`` (400), ``error`` (an error after three tokens).
+``bad`` (400), ``error`` (an error after three tokens), ``error at once`` (two of them come with it).
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ class State:
 
     def __init__(self, rate: float, tokens: int, models: list[str]) -> None:
         self.rate, self.tokens, self.models = rate, tokens, models
-        self.fault, self.elsewhere = "none", ""
-        self.seen: dict[str, Any] = {"requests": 0, "running": 0, "finished": 0, "gone": 0}
+        self.fault, self.elsewhere, self.says = "none", "", ""
+        self.seen: dict[str, Any] = {"connections": 0, "requests": 0, "running": 0, "finished": 0, "gone": 0}
         self.last: dict[str, Any] = {}
         self.authorization = ""
 
@@ -39,6 +40,7 @@ class Connection(asyncio.Protocol):
     def __init__(self, state: State) -> None:
         self._state = state
         self._received = b""
+        self._said = b""
         self._transport: asyncio.Transport
         self._timer: asyncio.TimerHandle | None = None
         self._streaming = False
@@ -46,6 +48,7 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: Any) -> None:
         """Somebody calls."""
         self._transport = transport
+        self._state.seen["connections"] += 1
 
     def connection_lost(self, _: Exception | None) -> None:
         """They have hung up."""
@@ -74,6 +77,7 @@ class Connection(asyncio.Protocol):
         if path == "/control":
             state.fault = asked.get("fault", state.fault)
             state.elsewhere = asked.get("elsewhere", state.elsewhere)
+            state.says = asked.get("says", state.says)
             state.rate = asked.get("rate", state.rate)
             state.tokens = asked.get("tokens", state.tokens)
             self._send({})
@@ -118,19 +122,21 @@ class Connection(asyncio.Protocol):
                 chat = "messages" in asked
                 kind = "chat.completion.chunk" if chat else "text_completion"
                 start = f'{{"id":"stub-1","object":"{kind}","created":1,"model":{model},'
-                tokens = min(asked.get("max_tokens") or state.tokens, state.tokens)
+                longest = len(state.says.split()) or state.tokens
+                tokens = min(asked.get("max_tokens") or longest, longest)
                 self._token(start, chat, 0, tokens, asyncio.get_running_loop().time())
 
     def _token(self, start: str, chat: bool, number: int, tokens: int, due: float) -> None:
         state = self._state
-        if number == 3 and state.fault in {"break", "stall", "error"}:
+        if number == 3 and state.fault in {"break", "stall", "error", "error at once"}:
             if state.fault == "break":
                 self._transport.abort()
-            elif state.fault == "error":
+            elif state.fault != "stall":
                 self._event('{"error":{"message":"CUDA error at /srv/secret","code":500}}')
             return
         if number < tokens:
-            text = f'"{number}@{time.monotonic_ns()} "'
+            words = state.says.split()
+            text = json.dumps(f"{words[number]} ") if words else f'"{number}@{time.monotonic_ns()} "'
             part = f'"delta":{{"content":{text}}}' if chat else f'"text":{text}'
             self._event(f'{start}"choices":[{{"index":0,{part},"finish_reason":null}}],"usage":null}}')
             due += 1 / state.rate
@@ -147,7 +153,10 @@ class Connection(asyncio.Protocol):
 
     def _event(self, data: str) -> None:
         event = f"data: {data}\n\n".encode()
-        self._transport.write(b"%x\r\n%b\r\n" % (len(event), event))
+        self._said += b"%x\r\n%b\r\n" % (len(event), event)
+        if self._state.fault != "error at once" or '"error"' in data or '"0@' in data:
+            self._transport.write(self._said)
+            self._said = b""
 
     def _end(self, how: str) -> None:
         self._streaming = False

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -14,6 +18,8 @@ from langchain_openai import ChatOpenAI, OpenAIEmbeddings
 
 MODEL = "smollm2-135m"
 QUESTION = [SystemMessage("You are a helpful assistant."), HumanMessage("What is the capital of France?")]
+
+LLAMA_INDEX = ("llama-index-llms-openai-like==0.8.1", "llama-index-embeddings-openai-like==0.4.0")
 
 
 class City(BaseModel):
@@ -67,3 +73,25 @@ def test_langchain_embeds(address: str) -> None:
     one, other = embeddings.embed_documents(["Paris is in France.", "Rome is in Italy."])
     assert sum(x * x for x in one) == pytest.approx(1.0, abs=1e-3)
     assert sum(x * y for x, y in zip(one, other, strict=True)) < 1.0
+
+
+@pytest.mark.slow
+def test_llama_index_asks_streams_calls_a_tool_and_embeds(address: str, tmp_path: Path) -> None:
+    # It wants an older `openai` than ours, so it has an environment of its own.
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path], check=True)
+    python = str(tmp_path / "bin" / "python")
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "-q", "--disable-pip-version-check"]
+    # Compiled is what is imported, which is little of it.
+    installing = [*pip, "--no-compile", *LLAMA_INDEX]
+    installed = subprocess.run(installing, capture_output=True, text=True, check=False)
+    if installed.returncode:
+        pytest.skip(f"LlamaIndex can't be installed here: {installed.stderr[-500:]}")
+    asking = [python, str(Path(__file__).with_name("llama_index_client.py")), f"{address}/v1", MODEL]
+    asked = subprocess.run(asking, capture_output=True, text=True, check=False, timeout=300)
+    assert asked.returncode == 0, asked.stderr
+    found = json.loads(asked.stdout)
+    assert "Paris" in found["answer"]
+    assert found["answer"] == found["answer_later"] == found["streamed"]
+    assert found["pieces"] > 3
+    assert found["tools"] == ["weather"]
+    assert found["dimensions"] == [576, 576]

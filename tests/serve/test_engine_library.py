@@ -1,4 +1,4 @@
-"""What is said where llama.cpp's library can't be loaded."""
+"""llama.cpp's library: missing, or with a server that nobody waits for any more."""
 
 from __future__ import annotations
 
@@ -8,6 +8,17 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from modelworks.serve.store import Store
+
+_FREED = """
+import sys
+from modelworks.serve.llamacpp import _parameters, _started
+
+for embedding in (False, True) * 4:
+    server = _started(_parameters("one", sys.argv[1], 1, 256, 1, embedding))
+    del server
+"""
 
 
 @pytest.mark.parametrize("command", [["serve", "x"], ["up", "--port", "0", "--no-run"]])
@@ -28,3 +39,13 @@ def test_a_machine_without_openmp_is_told_which_library_is_missing(tmp_path: Pat
     assert ended.returncode == 1
     assert "libgomp1" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.slow
+def test_a_server_that_nobody_waits_for_any_more_can_be_freed_at_once(store: Store) -> None:
+    # Else Ctrl-C while a model loads may never end: a server whose loop has not begun waits for that when it is freed.
+    model = str(store.path("smollm2-135m"))
+    ended = subprocess.run(
+        [sys.executable, "-c", _FREED, model], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert ended.returncode == 0, ended.stderr

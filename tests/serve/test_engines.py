@@ -158,7 +158,10 @@ def test_an_engine_that_does_not_begin_is_passed_over(pair, tmp_path, fault: str
             assert numbers_of(ask(client, f"topic {topic}").choices[0].message.content) == TOKENS
 
 
-@pytest.mark.parametrize(("fault", "says"), [("break", "broke off"), ("stall", "said nothing"), ("error", "failed")])
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [("break", "broke off"), ("stall", "said nothing"), ("error", "failed"), ("error at once", "failed")],
+)
 def test_an_answer_that_has_begun_is_not_begun_again(pair, tmp_path, fault: str, says: str) -> None:
     config = {"engines": {"a": {"stall_s": 0.3}, "b": {"stall_s": 0.3}}}
     with gateway(tmp_path, config, {"a": pair[0].url, "b": pair[1].url}) as client:
@@ -170,6 +173,16 @@ def test_an_answer_that_has_begun_is_not_begun_again(pair, tmp_path, fault: str,
     assert numbers_of("".join(heard)) == [0, 1, 2]
     assert sum(requests_of(*pair)) == before + 1
     assert "secret" not in str(error.value)
+
+
+def test_one_connection_carries_one_answer_after_the_other(pair, tmp_path) -> None:
+    # With `check_every_s` at its longest nothing but requests calls the engine.
+    with gateway(tmp_path, {"engines": {"a": {"check_every_s": 3600}}}, {"a": pair[0].url}) as client:
+        ask(client)
+        before = pair[0].seen()["connections"]
+        for _ in range(5):
+            assert numbers_of(text_of(ask(client, stream=True))) == TOKENS
+        assert pair[0].seen()["connections"] == before
 
 
 def test_what_is_wrong_with_a_request_is_said_once_and_tried_once(pair, tmp_path) -> None:

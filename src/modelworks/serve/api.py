@@ -343,6 +343,7 @@ def _described(card: ModelCard) -> dict[str, Any]:
         "owned_by": card.source,
         "context_length": card.context,
         "license": card.license,
+        "input_modalities": ["text", "image"] if card.images else ["text"],
     }
 
 
@@ -389,9 +390,9 @@ class _Cancellable(Response):
             answering.cancel()
             watching.cancel()
             await asyncio.wait({answering, watching})
-        if gone:
-            self._count(_CLIENT_GONE)
-        else:
+            if gone:
+                self._count(_CLIENT_GONE)
+        if not gone:
             answering.result()
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:

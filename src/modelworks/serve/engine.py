@@ -34,6 +34,8 @@ class ModelCard:
     """Whether its messages may hold images."""
     search: bool = False
     """Whether it knows xAI's `search_parameters`."""
+    title: str = ""
+    """What people are shown instead of the name; empty where that says enough."""
 
 
 @dataclass(frozen=True)

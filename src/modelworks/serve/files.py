@@ -52,7 +52,7 @@ def file_routes(storage: Storage, largest: int = LARGEST) -> APIRouter:
         """Keep a file."""
         principal = principal_of(request)
         most = principal.tier.file_bytes if principal is not None else None
-        form = await _form(request, largest)
+        form = await limited_form(request, largest)
         file, purpose = form.get("file"), form.get("purpose")
         if not isinstance(file, UploadFile):
             raise _wrong("file", "a file is needed, as a part of multipart/form-data")
@@ -63,7 +63,7 @@ def file_routes(storage: Storage, largest: int = LARGEST) -> APIRouter:
         kept = await asyncio.to_thread(
             storage.put_file,
             owner_of(request),
-            _plain_name(file.filename),
+            plain_name(file.filename),
             str(purpose),
             content,
             lasts_s=lasts_s,
@@ -138,7 +138,7 @@ def no_file(file_id: str) -> RequestError:
     return RequestError(f"there is no file {file_id[:64]!r}", status=404, code="not_found")
 
 
-async def _form(request: Request, largest: int) -> dict[str, Any]:
+async def limited_form(request: Request, largest: int) -> dict[str, Any]:
     """The form's fields; nothing is read beyond the limit."""
     limited = Request(request.scope, _limited(request.receive, largest + (64 << 10), largest))
     try:
@@ -175,7 +175,7 @@ def _lasts_s(anchor: Any, seconds: Any) -> float:
     return float(seconds)
 
 
-def _plain_name(name: str | None) -> str:
+def plain_name(name: str | None) -> str:
     """A file's name without folders and control characters; nothing is ever opened by it."""
     last = re.split(r"[/\\]", name or "")[-1]
     return "".join(each for each in last if each.isprintable())[:_LONGEST_NAME] or "file"

@@ -9,8 +9,8 @@ import math
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,26 +30,68 @@ from modelworks.serve.store import Store
 from modelworks.spec.errors import InputError
 
 _LOG = logging.getLogger("modelworks.routing")
+_GRACE_S = 5
+"""How long answers may take to end when the process does, where no configuration says so."""
 
 
-def open_port(host: str, port: int) -> socket.socket:
-    """A socket that listens; port 0 takes a free one.
+def open_port(host: str, port: int, option: str = "--port") -> socket.socket:
+    """A socket that listens; port 0 takes a free one. `option` is what chose it.
 
     Raises
     ------
     InputError
         If the port is in use, may not be opened, or the address isn't this machine's.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=2048)
+        return socket.create_server((host, port), family=_family(host), backlog=2048)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise InputError(
-                f"port {port} on {host} is in use; another --port is accepted, 0 takes a free one"
+                f"port {port} on {host} is in use; another {option} is accepted, 0 takes a free one"
             ) from None
         reason = error.strerror or str(error)
         raise InputError(f"cannot listen on {host}:{port} ({reason}); an address of this machine is accepted") from None
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+@contextmanager
+def port_for_xai(host: str, port: int | None) -> Iterator[str | None]:
+    """Hold a port for `serve.xai.server`, in this process and in others; ``host:port``, or None without one.
+
+    Raises
+    ------
+    InputError
+        If xAI's package isn't installed, or as `open_port`.
+    """
+    if port is None:
+        yield None
+        return
+    try:
+        import modelworks.serve.xai.server  # noqa: F401
+    except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
+        raise InputError(
+            f"--grpc-port {port} is not accepted: the package {package} is not installed; pip install 'modelworks[xai]'"
+        ) from None
+    with open_port(host, port, "--grpc-port") as free:
+        port = free.getsockname()[1]
+    # gRPC opens its sockets itself. This one never listens: it keeps the port for those that share it.
+    with socket.socket(_family(host)) as held:
+        for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
+            held.setsockopt(socket.SOL_SOCKET, option, 1)
+        held.bind((host, port))
+        yield f"{_shown(host)}:{port}"
+
+
+def also_for_xai(app: FastAPI, address: str | None, grace_s: float = _GRACE_S) -> None:
+    """Have an application answer xAI's clients as well, where there is an address for them."""
+    if address is not None:
+        from modelworks.serve.xai.server import answer_xai
+
+        answer_xai(app, address, grace_s)
 
 
 def serve(
@@ -63,14 +105,16 @@ def serve(
     access: Access | None = None,
     storage: Storage | None = None,
     routers: Collection[APIRouter] = (),
+    grpc_port: int | None = None,
 ) -> None:
     """Serve a store's models until the process is told to end; `model` is loaded before the first request."""
     listener = open_port(host, port)
-    with listener:
+    with listener, port_for_xai(host, grpc_port) as xai:
         engine = LlamaCppEngine(store, settings)
         app = create_app(engine, store, preload=model, hosts=hosts, access=access, storage=storage, routers=routers)
-        announce(listener, model, access is not None)
-        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=5)
+        also_for_xai(app, xai)
+        announce(listener, model, access is not None, xai)
+        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=_GRACE_S)
         uvicorn.Server(config).run([listener])
 
 
@@ -84,6 +128,7 @@ def gateway(
     access: Access | None = None,
     storage: Storage | None = None,
     routers: Collection[APIRouter] = (),
+    grpc_port: int | None = None,
 ) -> None:
     """Serve the engines of a configuration file until the process is told to end.
 
@@ -93,14 +138,15 @@ def gateway(
     Raises
     ------
     InputError
-        If the file can't be used, or the port can't be opened.
+        If the file can't be used, or a port can't be opened.
     """
     configured = Configured(config_file, store)
     listener = open_port(host, port)
-    with listener:
+    with listener, port_for_xai(host, grpc_port) as xai:
         app = configured.app(hosts, access, storage, routers)
         what, drain_s = ", ".join(configured.config.engines), configured.config.drain_s
-        announce(listener, what, access is not None)
+        also_for_xai(app, xai, drain_s)
+        announce(listener, what, access is not None, xai)
         config = uvicorn.Config(
             app, log_level="warning", access_log=False, timeout_graceful_shutdown=math.ceil(drain_s)
         )
@@ -280,9 +326,14 @@ def _on_hangup(app: FastAPI, reload: Callable[[], Awaitable[object]]) -> None:
     app.router.lifespan_context = lifespan
 
 
-def announce(listener: socket.socket, what: str, keys: bool) -> None:
+def announce(listener: socket.socket, what: str, keys: bool, xai: str | None = None) -> None:
     """Say where what is served."""
     host, port = listener.getsockname()[:2]
-    shown = f"[{host}]" if ":" in host else host
     needed = "; a key is needed" if keys else ""
-    print(f"{what} on http://{shown}:{port}/v1 (Ctrl-C ends it{needed})", flush=True)
+    print(f"{what} on http://{_shown(host)}:{port}/v1 (Ctrl-C ends it{needed})", flush=True)
+    if xai is not None:
+        print(f"for xai-sdk on {xai}, without TLS", flush=True)
+
+
+def _shown(host: str) -> str:
+    return f"[{host}]" if ":" in host else host

@@ -20,7 +20,7 @@ def listing(store: Store | None = None) -> list[dict[str, Any]]:
     served = store.list()
     for model in served:
         parameters = read_gguf_header(store.path(model.name), arrays=False).parameters
-        rows.append(_row(model.name, "served", parameters, model.bytes, model.context, model.source))
+        rows.append(_row(model.name, "served", parameters, model.bytes + model.eyes_bytes, model.context, model.source))
     here = {model.name for model in served}
     for name, source in sources().items():
         if name not in here:

@@ -29,6 +29,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read once, when the libra
 
 from modelworks.serve.engine import Activity, Endpoint, Engine, ModelCard
 from modelworks.serve.errors import RequestError
+from modelworks.serve.seeing import TileSize, with_fitted_images
 from modelworks.serve.store import ServedModel, Store
 from modelworks.serve.toolcalls import ToolPrompt
 from modelworks.spec.errors import InputError, OperationError
@@ -89,9 +90,18 @@ class EngineSettings:
 class _Loaded:
     """One model in memory."""
 
-    def __init__(self, server: Any, slots: int, size: int, tools: bool, adapters: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        server: Any,
+        slots: int,
+        size: int,
+        tools: bool,
+        adapters: Sequence[str] = (),
+        tiles: TileSize | None = None,
+    ) -> None:
         self.server = server
         self.adapters = adapters
+        self.tiles = tiles
         self.slots = asyncio.Semaphore(slots)
         self.bytes = size
         self.tools = tools
@@ -187,7 +197,14 @@ class LlamaCppEngine(Engine):
         header = self._header(model)
         context = min(self.settings.context, header.context)
         return ModelCard(
-            model.name, context, model.created, model.source, model.license, "tools" in header.chat_template
+            model.name,
+            context,
+            model.created,
+            model.source,
+            model.license,
+            tools="tools" in header.chat_template,
+            images=bool(self.store.base(model).eyes_bytes),
+            title=model.title,
         )
 
     def _header(self, model: ServedModel) -> GgufHeader:
@@ -207,6 +224,8 @@ class LlamaCppEngine(Engine):
         if endpoint == "chat" and not body.get("messages"):
             raise RequestError("messages is empty: at least one message is needed", param="messages")
         async with self._lease(self.store.get(model)) as loaded:
+            if endpoint == "chat":
+                body = await asyncio.to_thread(with_fitted_images, body, loaded.tiles)
             described = ToolPrompt.of(body) if endpoint == "chat" and not loaded.tools else None
             text = _request(described.body if described else body, loaded.scales(model))
             handle = loaded.server.handle_chat_completions if endpoint == "chat" else loaded.server.handle_completions
@@ -287,7 +306,9 @@ class LlamaCppEngine(Engine):
             )
         base = self.store.base(model)
         adapters = [] if embedding else self.store.adapters(base)
-        key = "+".join([base.sha256, *(one.sha256 for one in adapters), *(["embedding"] if embedding else [])])
+        seeing = [] if embedding or base.eyes_sha256 is None else [base.eyes_sha256]
+        parts = [base.sha256, *seeing, *(one.sha256 for one in adapters), *(["embedding"] if embedding else [])]
+        key = "+".join(parts)
         while key not in self._loaded:
             async with self._loading:
                 if key not in self._loaded:
@@ -308,19 +329,24 @@ class LlamaCppEngine(Engine):
         if embedding:
             context, slots = min(_EMBEDDING_CONTEXT, header.context), 1
         size = header.bytes + context * slots * header.kv_bytes_per_token + sum(one.bytes for one in adapters)
+        eyes = None if embedding else self.store.eyes(model)
+        size += 0 if eyes is None else model.eyes_bytes
         await self._make_room(size)
         parameters = _parameters(model.name, str(path), slots, context, self.settings.thread_count, embedding)
+        tiles = None
+        if eyes is not None:
+            tiles = TileSize.of(await asyncio.to_thread(read_gguf_header, eyes, arrays=False))
+            parameters.mmproj.path = str(eyes)
         parameters.lora_adapters = [
             xllamacpp.CommonAdapterLoraInfo(str(self.store.path(one.name)), 0.0) for one in adapters
         ]
         parameters.lora_init_without_apply = True
         try:
-            server = await asyncio.to_thread(xllamacpp.Server, parameters)
+            server = await asyncio.to_thread(_started, parameters)
         except (RuntimeError, ValueError) as error:
             raise OperationError(f"llama.cpp cannot load the model {model.name} from {path}: {error}") from None
-        self._loaded[key] = _Loaded(
-            server, slots, size, "tools" in header.chat_template, [one.name for one in adapters]
-        )
+        names = [one.name for one in adapters]
+        self._loaded[key] = _Loaded(server, slots, size, "tools" in header.chat_template, names, tiles)
 
     async def _make_room(self, size: int) -> None:
         """Unload idle models, the longest unused first, until there is room or nothing is left to unload."""
@@ -354,6 +380,19 @@ def _parameters(name: str, path: str, slots: int, context: int, threads: int, em
     parameters.cache_ram_mib = 0
     parameters.verbosity = 0
     return parameters
+
+
+def _started(parameters: Any) -> Any:
+    """A server of llama.cpp that has answered once.
+
+    One that is freed before its own loop has begun, as when whoever asked for it is gone, waits for that loop for ever.
+    """
+    server = xllamacpp.Server(parameters)
+    if parameters.embedding:
+        server.handle_embeddings(json.dumps({"input": "a"}))
+    else:
+        server.handle_completions(json.dumps({"prompt": "a", "max_tokens": 0}), lambda _: None)
+    return server
 
 
 def _call(handle: Callable[..., Any], text: str, flow: _Flow) -> None:

@@ -126,7 +126,8 @@ class Route:
                 self.name, self.context or 4096, 0, "unknown", "unknown", images=self.images, search=self.search
             )
         context = self.context or min(card.context for card in cards)
-        return replace(cards[0], name=self.name, context=context, images=self.images, search=self.search)
+        images = self.images or all(card.images for card in cards)
+        return replace(cards[0], name=self.name, context=context, images=images, search=self.search)
 
 
 class Router(Engine):
@@ -267,11 +268,6 @@ class Router(Engine):
 
     async def stream(self, endpoint: Endpoint, model: str, body: dict[str, Any]) -> AsyncGenerator[list[str], None]:
         """Answer a request by the best engine that begins to; see `Engine.stream`."""
-        async with aclosing(self._begun(endpoint, model, body)) as begun:
-            async for batch in begun:
-                yield batch
-
-    async def _begun(self, endpoint: Endpoint, model: str, body: dict[str, Any]) -> AsyncGenerator[list[str], None]:
         member, batches, batch, name = await self._first(
             model, _beginning(endpoint, body), lambda target: _open(target, endpoint, body)
         )

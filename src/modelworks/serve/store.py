@@ -1,4 +1,5 @@
-"""The models that can be served: one folder each, ``NAME.gguf`` and ``model.json``, whole or absent.
+"""The models that can be served: one folder each, ``NAME.gguf`` and ``model.json``, whole or absent. The eyes of a
+model that sees stand beside them, in ``mmproj-NAME.gguf``.
 
 A model is put together in a hidden folder and takes its place by a rename. A crash at any moment leaves the old model
 or the new one; what it was putting together is swept away by the next writer. Writers exclude each other by a lock
@@ -52,6 +53,11 @@ class ServedModel:
     """Of a LoRA adapter: the stored model that it changes."""
     adapts_sha256: str | None = None
     """That model's checksum; after it has been replaced, the adapter doesn't fit."""
+    eyes_bytes: int = 0
+    """Of the file of its eyes; 0 for a model that takes text only."""
+    eyes_sha256: str | None = None
+    title: str = ""
+    """What people are shown instead of the name; empty where that says enough."""
 
 
 class Store:
@@ -88,6 +94,10 @@ class Store:
         """The GGUF file of the model of that name."""
         return self.folder / self.get(name).name / f"{name}.gguf"
 
+    def eyes(self, model: ServedModel) -> Path | None:
+        """The file of a model's eyes; None where it takes text only."""
+        return self.folder / model.name / f"mmproj-{model.name}.gguf" if model.eyes_bytes else None
+
     def add(
         self,
         name: str,
@@ -96,13 +106,16 @@ class Store:
         source: str,
         license: str = "unknown",  # noqa: A002
         context: int | None = None,
+        eyes: Path | None = None,
     ) -> ServedModel:
         """Store a GGUF file (linked where the file system allows, else copied), replacing a model of that name.
+
+        With `eyes`, the file of its vision tower and connector, it takes images.
 
         Raises
         ------
         InputError
-            If the name can't be a folder's, or the file is not a whole GGUF file.
+            If the name can't be a folder's, a file is not a whole GGUF file, or the eyes don't fit the model.
         OperationError
             If it can't be written.
         """
@@ -110,7 +123,14 @@ class Store:
         header = read_gguf_header(gguf_path, arrays=False)
         if header.kind == "adapter":
             raise InputError(f"{gguf_path} is an adapter: modelworks models adapt NAME {gguf_path.name} --to MODEL")
-        return self._add(name, gguf_path, source=source, license=license, context=context or header.context)
+        if header.architecture == "clip":
+            raise InputError(
+                f"{gguf_path} holds the eyes of a model: its decoder's file is accepted, with --eyes this one"
+            )
+        if eyes is not None:
+            check_eyes(read_gguf_header(eyes, arrays=False), header)
+        about = {"source": source, "license": license, "context": context or header.context}
+        return self._add(name, gguf_path, eyes, **about)
 
     def add_adapter(
         self,
@@ -120,8 +140,9 @@ class Store:
         *,
         source: str,
         license: str = "unknown",  # noqa: A002
+        title: str = "",
     ) -> ServedModel:
-        """Store a LoRA adapter of a stored model, to be asked for by a name of its own.
+        """Store a LoRA adapter of a stored model, to be asked for by a name of its own; people are shown the title.
 
         Raises
         ------
@@ -136,8 +157,8 @@ class Store:
         if model.adapts is not None or name == base:
             raise InputError(f"{base!r} is not a model that {name!r} could adapt: another stored model is accepted")
         check_adapter(read_gguf_header(gguf_path, arrays=False), read_gguf_header(self.path(base), arrays=False))
-        fits = {"adapts": base, "adapts_sha256": model.sha256}
-        return self._add(name, gguf_path, source=source, license=license, context=model.context, **fits)
+        about = {"source": source, "license": license, "context": model.context, "title": title}
+        return self._add(name, gguf_path, None, adapts=base, adapts_sha256=model.sha256, **about)
 
     def adapters(self, base: ServedModel) -> builtins.list[ServedModel]:
         """The adapters that fit a model as it is now."""
@@ -159,10 +180,14 @@ class Store:
             raise InputError(f"the model {model.adapts} that {model.name} adapts {what}: remove {model.name}")
         return base
 
-    def _add(self, name: str, gguf_path: Path, **about: Any) -> ServedModel:
+    def _add(self, name: str, gguf_path: Path, eyes: Path | None, **about: Any) -> ServedModel:
         with self._writing(), self._new_folder(name) as folder:
             file = folder / f"{name}.gguf"
             link_or_copy(gguf_path, file)
+            if eyes is not None:
+                seeing = folder / f"mmproj-{name}.gguf"
+                link_or_copy(eyes, seeing)
+                about |= {"eyes_bytes": seeing.stat().st_size, "eyes_sha256": sha256(seeing)}
             size, now = file.stat().st_size, int(time.time())
             model = ServedModel(name=name, sha256=sha256(file), bytes=size, created=now, **about)
             (folder / "model.json").write_text(json.dumps(asdict(model), indent=2) + "\n")
@@ -200,6 +225,8 @@ class Store:
             }
             model = ServedModel(**known)
             whole = (folder / f"{model.name}.gguf").stat().st_size == model.bytes and model.name == folder.name
+            if model.eyes_bytes:
+                whole = whole and (folder / f"mmproj-{model.name}.gguf").stat().st_size == model.eyes_bytes
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return model if whole else None
@@ -275,6 +302,18 @@ def check_adapter(adapter: GgufHeader, base: GgufHeader) -> None:
             raise InputError(
                 f"{adapter.path} does not fit: {name} is {tensor.shape} for a matrix of {there.shape} in the model"
             )
+
+
+def check_eyes(eyes: GgufHeader, model: GgufHeader) -> None:
+    """Raise `InputError` unless a file holds eyes whose tokens are as wide as the model's."""
+    if eyes.architecture != "clip" or eyes.metadata.get("clip.has_vision_encoder") is not True:
+        raise InputError(f"{eyes.path} holds no eyes: a GGUF file of the architecture 'clip' is accepted")
+    made_for, width = (
+        eyes.metadata.get("clip.vision.projection_dim"),
+        model.metadata.get(f"{model.architecture}.embedding_length"),
+    )
+    if made_for != width:
+        raise InputError(f"{eyes.path} does not fit: its tokens are {made_for} wide and the model's {width}")
 
 
 def link_or_copy(source: Path, target: Path) -> None:

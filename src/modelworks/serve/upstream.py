@@ -11,9 +11,12 @@ address nor key is in an error's text.
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 from collections import Counter
 from collections.abc import AsyncGenerator
+from contextlib import suppress
+from itertools import takewhile
 from typing import Any
 
 import aiohttp
@@ -30,6 +33,8 @@ _UNKNOWN_CONTEXT = 8192
 _LONGEST_REASON = 500
 _LONGEST_LIST = 4 << 20
 _LONGEST_REFUSAL = 1 << 16
+_END_S = 1.0
+"""How long the end of a body may take after its last event, if the connection is to be kept."""
 _OUR_FAULT = {401, 402, 403, 404, 405, 407, 408, 409, 421, 425}
 """Refusals that say something of the gateway's configuration or of the moment, not of the request."""
 
@@ -54,6 +59,7 @@ class UpstreamEngine(Engine):
         self._session: aiohttp.ClientSession | None = None
         self._cards = {name: _card(name, {}) for name in config.models or []}
         self._running: Counter[str] = Counter()
+        self._endings: set[asyncio.Task[None]] = set()
 
     def activity(self) -> dict[str, Activity]:
         """Answers that run there for us; those that wait there can't be seen from here."""
@@ -95,12 +101,12 @@ class UpstreamEngine(Engine):
         """Answer a request; see `Engine.stream`."""
         asked = orjson.dumps({**body, "model": model, "stream": True, "stream_options": {"include_usage": True}})
         self._running[model] += 1
-        answer = None
+        answer = silence = None
+        events = Events()
         try:
             try:
                 async with asyncio.timeout(self._config.first_token_s):
                     answer = await self._post(_PATHS[endpoint], asked)
-                    events = Events()
                     batch: list[str] = []
                     while not batch and not events.ended:
                         batch = _next(events, await answer.content.readany())
@@ -108,29 +114,33 @@ class UpstreamEngine(Engine):
                 raise self._unavailable(error) from None
             if not batch:
                 raise UnavailableError(f"the engine {self.name} ended its answer before it began")
-            if _is_error(batch[0]):
-                raise self._refusal(500, batch[0].encode())
+            if failed := next(filter(_is_error, batch), None):  # before anybody has heard a word
+                raise self._refusal(500, failed.encode())
+            silence = _Silence(answer, self._config.stall_s)
             while True:
-                if any(map(_is_error, batch)):
+                sound = list(takewhile(lambda chunk: not _is_error(chunk), batch))
+                if sound:
+                    yield sound
+                if len(sound) < len(batch):
                     raise OperationError(f"the engine {self.name} failed in the middle of its answer")
-                if batch:
-                    yield batch
                 if events.ended:
                     return
                 try:
-                    async with asyncio.timeout(self._config.stall_s):
-                        block = await answer.content.readany()
+                    silence.begins()
+                    block = await answer.content.readany()
+                    silence.ends()
                     batch = _next(events, block)
-                except TimeoutError:
-                    silence = f"{self._config.stall_s:g} s in the middle of its answer"
-                    raise OperationError(f"the engine {self.name} said nothing for {silence}") from None
                 except (aiohttp.ClientError, OperationError):
-                    raise OperationError(f"the engine {self.name} broke off in the middle of its answer") from None
+                    what = "broke off"
+                    if silence.too_long:
+                        what = f"said nothing for {self._config.stall_s:g} s"
+                    raise OperationError(f"the engine {self.name} {what} in the middle of its answer") from None
         finally:
             self._running[model] -= 1
+            if silence is not None:
+                silence.close()
             if answer is not None:
-                # The connection is kept for another request only if nothing more comes over this one.
-                answer.release() if answer.content.at_eof() else answer.close()
+                self._let_go(answer, events.ended)
 
     async def embed(self, model: str, texts: list[str]) -> tuple[list[list[float]], int]:
         """Vectors from there, scaled to unit length there or not at all."""
@@ -149,6 +159,18 @@ class UpstreamEngine(Engine):
             raise UnavailableError(f"the engine {self.name} gave no vectors that can be read") from None
         finally:
             self._running[model] -= 1
+
+    def _let_go(self, answer: aiohttp.ClientResponse, ended: bool) -> None:
+        """Keep an answer's connection for another request, but only if nothing more comes over it: after its last event
+        the end of its body is still on the way."""
+        if not ended:
+            answer.close()
+        elif answer.content.at_eof():
+            answer.release()
+        else:
+            ending = asyncio.create_task(_to_end(answer))
+            self._endings.add(ending)
+            ending.add_done_callback(self._endings.discard)
 
     async def close(self) -> None:
         """Close all connections."""
@@ -215,6 +237,57 @@ class UpstreamEngine(Engine):
         if isinstance(error, aiohttp.ClientConnectorError | TimeoutError):
             return UnavailableError(f"the engine {self.name} can't be reached: {_reason(error)}")
         return UnavailableError(f"the engine {self.name} broke off before its answer began")
+
+
+class _Silence:
+    """Hangs up on an engine that has been waited for too long.
+
+    One timer runs for the whole answer: to set one for each token costs as much as to read it.
+
+    Parameters
+    ----------
+    answer : aiohttp.ClientResponse
+        What is read.
+    longest_s : float
+        How long the engine may say nothing while it is read from.
+    """
+
+    def __init__(self, answer: aiohttp.ClientResponse, longest_s: float) -> None:
+        self._answer, self._longest_s = answer, longest_s
+        self._loop = asyncio.get_running_loop()
+        self._began = math.inf
+        self._timer = self._loop.call_later(longest_s, self._look)
+        self.too_long = False
+
+    def begins(self) -> None:
+        """It is waited for the engine from now on."""
+        self._began = self._loop.time()
+
+    def ends(self) -> None:
+        """It has said something."""
+        self._began = math.inf
+
+    def close(self) -> None:
+        """Nothing more is waited for."""
+        self._timer.cancel()
+
+    def _look(self) -> None:
+        left_s = min(self._began + self._longest_s - self._loop.time(), self._longest_s)
+        if left_s > 0:
+            self._timer = self._loop.call_later(left_s, self._look)
+            return
+        self.too_long = True
+        self._answer.close()
+
+
+async def _to_end(answer: aiohttp.ClientResponse) -> None:
+    """Wait for the end of a body that has said everything, but not for long."""
+    with suppress(aiohttp.ClientError, TimeoutError):
+        async with asyncio.timeout(_END_S):
+            if not await answer.content.readany():
+                answer.release()
+                return
+    answer.close()
 
 
 async def _read(answer: aiohttp.ClientResponse, limit: int) -> bytes:

@@ -27,7 +27,7 @@ from uvicorn.config import STARTUP_FAILURE
 from uvicorn.supervisors.multiprocess import Multiprocess, Process
 
 from modelworks.serve.config import load_config
-from modelworks.serve.listen import announce, check_share, open_port
+from modelworks.serve.listen import announce, check_share, open_port, port_for_xai
 from modelworks.serve.metrics import MULTIPROCESS
 from modelworks.spec.errors import OperationError
 
@@ -46,6 +46,8 @@ class WorkerPlan:
     workers: int
     hosts: tuple[str, ...] = ()
     log: str | None = None
+    xai: str | None = None
+    """Where xAI's clients are answered."""
 
     @classmethod
     def given(cls) -> WorkerPlan:
@@ -64,6 +66,7 @@ def run_workers(
     hosts: Collection[str] = (),
     log: str | None = None,
     keys: bool = False,
+    grpc_port: int | None = None,
 ) -> None:
     """Serve a configuration by several processes until this one is told to end.
 
@@ -75,23 +78,25 @@ def run_workers(
         How many processes answer.
     factory : str
         ``module:function`` that makes a worker's application from `WorkerPlan.given`.
-    host, port, hosts, log, keys
+    host, port, hosts, log, keys, grpc_port
         As for one process.
 
     Raises
     ------
     InputError
-        If the file can't be used, or names an engine inside the process; or the port can't be opened.
+        If the file can't be used, or names an engine inside the process; or a port can't be opened.
     OperationError
         If a worker can't start.
     """
     config = load_config(config_file)
     check_share(config, workers, str(config_file))
     listener = open_port(host, port)
-    with listener, tempfile.TemporaryDirectory(prefix="modelworks-metrics-") as folder:
+    metrics = tempfile.TemporaryDirectory(prefix="modelworks-metrics-")
+    with listener, port_for_xai(host, grpc_port) as xai, metrics as folder:
         os.environ[MULTIPROCESS] = folder
-        os.environ[PLAN] = json.dumps(asdict(WorkerPlan(str(config_file.absolute()), workers, tuple(hosts), log)))
-        announce(listener, f"{', '.join(config.engines)} by {workers} workers", keys)
+        plan = WorkerPlan(str(config_file.absolute()), workers, tuple(hosts), log, xai)
+        os.environ[PLAN] = json.dumps(asdict(plan))
+        announce(listener, f"{', '.join(config.engines)} by {workers} workers", keys, xai)
         settings = uvicorn.Config(
             factory,
             factory=True,
