@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from sqlalchemy import inspect
 
+from modelworks.assistant import accounts as accounts_room
 from modelworks.assistant import passwords
 from modelworks.assistant.accounts import Accounts
 from modelworks.assistant.database import Database, default_database, migrate
@@ -138,9 +139,7 @@ def test_guessing_a_password_many_times_at_once_gets_no_more_tries(
 ) -> None:
     accounts.add_user("alice", password=PASSWORD)
     judged = []
-    monkeypatch.setattr(
-        "modelworks.assistant.accounts.matches", lambda word, kept: judged.append(word) or word == PASSWORD
-    )
+    monkeypatch.setattr(accounts_room, "matches", lambda word, kept: judged.append(word) or word == PASSWORD)
     with ThreadPoolExecutor(16) as threads:
         said = list(threads.map(lambda n: outcome_of(lambda: accounts.sign_in("alice", f"guess {n}", HERE)), range(40)))
     assert len(judged) == 5

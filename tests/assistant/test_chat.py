@@ -135,3 +135,28 @@ async def test_one_message_that_exceeds_the_context_fails_in_one_sentence(assist
     with pytest.raises(RequestError):
         async for _ in assistant.engine.chat(MODEL, [{"role": "user", "content": "word " * 5000}]):
             pass
+
+
+async def test_the_model_gives_a_title_in_the_background_and_never_over_a_persons(models, tmp_path):
+    engine = LlamaCppEngine(models, EngineSettings(slots=1, threads=1, context=512))
+    store = ConversationStore(tmp_path / "titled.db")
+    assistant = Assistant(store, engine, {"temperature": 0, "max_tokens": 40}, titles=True)
+    question = "What is the capital of France?"
+    titles = []
+    for given in (None, "Mine"):
+        conversation = store.create(MODEL)
+        if given:
+            store.rename(conversation.id, given)
+        answer = await assistant.ask(conversation.id, question, None, MODEL)
+        await answer.finished.wait()
+        assert assistant.titling(conversation.id)
+        while assistant.titling(conversation.id):
+            await asyncio.sleep(0.02)
+        titles.append(store.conversation(conversation.id))
+    await assistant.close()
+    await engine.close()
+    store.close()
+    assert titles[0].title_by in {"line", "model"}
+    assert (titles[0].title_by == "line") == (titles[0].title == question)
+    assert 0 < len(titles[0].title.split()) <= 6
+    assert (titles[1].title, titles[1].title_by) == ("Mine", "person")

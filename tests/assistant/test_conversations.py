@@ -20,6 +20,7 @@ from gateways import Stub, numbers_of, plain_client, serving, wait_for
 from modelworks.assistant.chat import Assistant
 from modelworks.assistant.conversations import conversation_routes
 from modelworks.assistant.store import ConversationStore
+from modelworks.assistant.talk import CUT
 from modelworks.serve.api import create_app
 from modelworks.serve.config import ServeConfig
 from modelworks.serve.routing import Router
@@ -103,6 +104,19 @@ def test_an_answer_that_broke_off_is_taken_up_where_it_stands(served: Served) ->
     assert (asked["continue_final_message"], asked["add_generation_prompt"]) == (True, False)
     refused = served.client.post(f"{path}/resume")
     assert (refused.status_code, refused.json()["error"]["code"]) == (409, "not_resumable")
+
+
+def test_an_answer_that_reached_its_longest_goes_on_and_one_that_is_whole_does_not(served: Served) -> None:
+    served.stub.control(tokens=3)
+    _, path = served.ask("Count.")
+    whole = "".join(part["text"] for part in served.events(path))
+    wait_for(lambda: served.client.post(f"{path}/resume").status_code == 409)
+    served.store.save(int(path.rpartition("/")[2]), whole, "complete", f"Something else. {CUT}")
+    assert served.client.post(f"{path}/resume").json()["offset"] == len(whole)
+    parts = list(served.events(path, params={"offset": len(whole)}))
+    after = served.client.get(path).json()
+    assert after["content"] == whole + "".join(part["text"] for part in parts) != whole
+    assert (after["state"], after["notice"]) == ("complete", None)
 
 
 def test_who_has_seen_more_than_a_crash_left_is_told_where_to_go_on(served: Served) -> None:

@@ -122,7 +122,7 @@ def test_nothing_of_a_conversation_is_reached_through_another_users_store(accoun
         with pytest.raises(Exception, match="there is no conversation"):
             reach()
     his.delete(talk.id)
-    assert his.conversations("mine") == []
+    assert his.search("mine") == []
     assert [message.content for message in hers.thread(talk.id)] == ["mine"]
 
 

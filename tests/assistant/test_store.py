@@ -19,6 +19,13 @@ from modelworks.assistant.store import UNTITLED, ConversationStore, title_of
 from modelworks.assistant.tables import Base
 from modelworks.spec.errors import InputError, OperationError
 
+BUT_THE_INDEX = {
+    "include_name": lambda name, kind, _: (
+        kind != "table" or not name.startswith(("said", "passage_words", "live_words"))
+    )
+}
+"""The indexes of words are the databases' own business; see `test_search` and `test_documents`."""
+
 
 @pytest.fixture
 def database_file(tmp_path: Path) -> Path:
@@ -50,7 +57,7 @@ def test_what_was_written_is_found_by_another_reader(store, database_file):
 def test_the_migrations_make_exactly_the_tables_that_the_program_uses(database_file):
     database = Database(database_file)
     with database.engine.connect() as connection:
-        difference = compare_metadata(MigrationContext.configure(connection), Base.metadata)
+        difference = compare_metadata(MigrationContext.configure(connection, opts=BUT_THE_INDEX), Base.metadata)
     database.close()
     assert difference == []
 
@@ -143,16 +150,13 @@ def test_a_deleted_conversation_takes_its_messages_along_and_late_answers_go_now
         store.thread(conversation.id)
 
 
-def test_conversations_are_listed_latest_first_and_found_by_their_words(database_file):
+def test_conversations_are_listed_latest_first(database_file):
     times = iter(range(1, 100))
     store = ConversationStore(database_file, clock=lambda: float(next(times)))
     old, new = store.create("m"), store.create("m")
     store.add(new.id, "user", "About whales", None)
     store.add(old.id, "user", "100% of_this", None)
     assert [c.title for c in store.conversations()] == ["100% of_this", "About whales"]
-    assert [c.id for c in store.conversations("WHALE")] == [new.id]
-    assert [c.id for c in store.conversations("0% of_")] == [old.id]
-    assert store.conversations("%whale%") == []
     store.close()
 
 

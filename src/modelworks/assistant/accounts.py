@@ -21,7 +21,19 @@ from sqlalchemy.orm import Session
 from modelworks.assistant import tiers as tier_book
 from modelworks.assistant.database import Database
 from modelworks.assistant.passwords import Lockout, hashed, matches, network
-from modelworks.assistant.tables import AttemptRow, AuditRow, Base, ConversationRow, KeyRow, TeamRow, UserRow
+from modelworks.assistant.removal import remove_conversations
+from modelworks.assistant.tables import (
+    AttemptRow,
+    AuditRow,
+    Base,
+    ConversationRow,
+    FolderRow,
+    KeyRow,
+    PersonaRow,
+    ShareRow,
+    TeamRow,
+    UserRow,
+)
 from modelworks.serve.access import SCOPES, Principal, Tier
 from modelworks.serve.errors import RequestError
 from modelworks.spec.errors import InputError, OperationError
@@ -203,6 +215,7 @@ class Accounts:
         with self.database.write() as session:
             row = _user_row(session, name)
             name, user_id = row.name, row.id
+            remove_conversations(session, ConversationRow.user_id == user_id)
             for table in Base.metadata.tables.values():
                 if "user_id" in table.columns:
                     session.execute(delete(table).where(table.c.user_id == user_id))
@@ -222,11 +235,13 @@ class Accounts:
         session.execute(delete(AttemptRow).where(own))
 
     def give_conversations(self, name: str, actor: str = COMMAND_LINE) -> int:
-        """Give a user the conversations from before there were users; returns how many."""
+        """Give a user the conversations from before there were users, and their folders, personas, links; how many."""
         with self.database.write() as session:
             row = _user_row(session, name)
-            ownerless = update(ConversationRow).where(ConversationRow.user_id.is_(None)).values(user_id=row.id)
-            given = cast("CursorResult[Any]", session.execute(ownerless)).rowcount
+            given = 0  # that of the last, the conversations
+            for table in (FolderRow, PersonaRow, ShareRow, ConversationRow):
+                ownerless = update(table).where(table.user_id.is_(None)).values(user_id=row.id)
+                given = cast("CursorResult[Any]", session.execute(ownerless)).rowcount
             self._note(session, actor, "give conversations", f"{row.name}: {given}")
             return given
 

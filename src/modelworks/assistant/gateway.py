@@ -170,7 +170,7 @@ def account_routes(access: AccountAccess) -> APIRouter:
         """The account, its tier, and what is used of it."""
         who = _who(request)
         used = await _in_thread(access.ledger.standing, who)
-        return {"user": who.user, "team": who.team, "tier": who.tier.model_dump(), "used": used}
+        return {"user": who.user, "team": who.team, "key": who.key_id, "tier": who.tier.model_dump(), "used": used}
 
     @routes.get("/usage")
     async def usage(request: Request, days: float = 30.0) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from sqlalchemy import BigInteger, case, cast, delete, func, select, update
 from sqlalchemy.orm import Session
 
 from modelworks.assistant.database import Database
+from modelworks.assistant.removal import remove_conversations
 from modelworks.assistant.tables import ConversationRow, TeamRow, UsageRow, UserRow
 from modelworks.assistant.tiers import tiers
 from modelworks.serve.access import Grant, Outcome, Principal, Tier, Wanted
@@ -239,8 +240,7 @@ def prune(database: Database, now: float, conversations_s: float | None, request
     removed = {"conversations": 0, "requests": 0}
     with database.write() as session:
         if conversations_s is not None:
-            old = delete(ConversationRow).where(ConversationRow.updated < now - conversations_s)
-            removed["conversations"] = _count(session.execute(old))
+            removed["conversations"] = remove_conversations(session, ConversationRow.updated < now - conversations_s)
         if requests_s is not None:
             kept_s = max(requests_s, DAY_S, *(tier.window_s for tier in tiers(session).values()))
             ended = delete(UsageRow).where(UsageRow.at < now - kept_s, UsageRow.alive < now - _DEAD_S)

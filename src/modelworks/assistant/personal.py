@@ -8,13 +8,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import orjson
 from starlette.requests import Request
 
 from modelworks.assistant.accounts import Accounts
-from modelworks.serve.access import Principal
+from modelworks.serve.access import Principal, Tier
 from modelworks.serve.answer import capped
 from modelworks.serve.engine import Activity, Endpoint, Engine, ModelCard
 from modelworks.serve.errors import RequestError, UnknownModelError
@@ -51,21 +52,25 @@ class PersonalEngine(Engine):
     async def _now(self) -> Principal:
         return await asyncio.to_thread(self._accounts.still, self._principal.key_id)
 
+    async def tier(self) -> Tier:
+        """The user's tier, as it is now."""
+        return (await self._now()).tier
+
     def activity(self) -> dict[str, Activity]:
         """How busy each model is."""
         return self._engine.activity()
 
     async def models(self) -> list[ModelCard]:
         """What the user's tier has."""
-        tier = (await self._now()).tier
-        return [card for card in await self._engine.models() if tier.has(card.name)]
+        tier = await self.tier()
+        return [_as_in(tier, card) for card in await self._engine.models() if tier.has(card.name)]
 
     async def card(self, model: str) -> ModelCard:
         """One of the models."""
         principal = await self._now()
         if not principal.tier.has(model):
             raise UnknownModelError(model, [card.name for card in await self.models()])
-        return await self._engine.card(model)
+        return _as_in(principal.tier, await self._engine.card(model))
 
     async def stream(self, endpoint: Endpoint, model: str, body: dict[str, Any]) -> AsyncGenerator[list[str], None]:
         """Answer a chat if the user may have it; see `Engine.stream`."""
@@ -102,3 +107,8 @@ class PersonalEngine(Engine):
 
     async def close(self) -> None:
         """Nothing: the engine belongs to the server."""
+
+
+def _as_in(tier: Tier, card: ModelCard) -> ModelCard:
+    """A model as a tier has it: without sight, if the tier includes no images."""
+    return replace(card, images=card.images and tier.images)

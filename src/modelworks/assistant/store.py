@@ -1,4 +1,4 @@
-"""Conversations, kept: created, listed, renamed, deleted; messages added, saved while they are written, and read back.
+"""Conversations, kept: created, listed, found, changed, deleted; messages added, saved while written, and read back.
 
 What is handed out are plain values, not rows. Every change is one transaction; when a call has returned, what it
 wrote survives a crash of this process or of the machine.
@@ -7,55 +7,42 @@ wrote survives a crash of this process or of the machine.
 from __future__ import annotations
 
 import copy
-import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Unpack
 
-from sqlalchemy import delete, or_, select, update
+from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
+from modelworks.assistant import search
 from modelworks.assistant.database import Database
-from modelworks.assistant.tables import ConversationRow, MessageRow
+from modelworks.assistant.folders import Folders
+from modelworks.assistant.owned import NotFoundError, new_id, owned
+from modelworks.assistant.personas import Personas, prompt_of
+from modelworks.assistant.removal import remove_conversations
+from modelworks.assistant.shares import Shares
+from modelworks.assistant.tables import ConversationRow, FolderRow, MessageRow
+from modelworks.assistant.talk import (
+    CUT_SHORT,
+    Changes,
+    Conversation,
+    Found,
+    Message,
+    Role,
+    State,
+    conversation_of,
+    goes_on,
+    messages_of,
+    path_to,
+)
 from modelworks.spec.errors import InputError
+from modelworks.spec.modes import REGULAR
 
-Role = Literal["system", "user", "assistant"]
-State = Literal["complete", "writing", "stopped", "failed", "interrupted"]
-CUT_SHORT: tuple[State, ...] = ("stopped", "failed", "interrupted")
-"""Answers that can be taken up where they stand."""
 TITLE_LENGTH = 60
+LONGEST_TITLE = 200
+"""Of a title that a person gives."""
 UNTITLED = "New conversation"
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """A conversation without its messages; times in seconds since 1970."""
-
-    id: str
-    title: str
-    model: str
-    leaf_id: int | None
-    created: float
-    updated: float
-
-
-@dataclass(frozen=True)
-class Message:
-    """One message. `versions` are the ids of the messages that stand at its place, itself included, oldest first."""
-
-    id: int
-    conversation_id: str
-    parent_id: int | None
-    role: Role
-    content: str
-    model: str | None
-    state: State
-    notice: str | None
-    created: float
-    updated: float
-    versions: tuple[int, ...]
 
 
 class ConversationStore:
@@ -89,17 +76,57 @@ class ConversationStore:
         """Let go of the database."""
         self._database.close()
 
-    def conversations(self, containing: str = "") -> list[Conversation]:
-        """All conversations, the latest first; only those whose title or messages contain a text, if given."""
-        query = select(ConversationRow).order_by(ConversationRow.updated.desc(), ConversationRow.id)
-        if self._owner is not None:
-            query = query.where(ConversationRow.user_id == self._owner)
-        if containing:
-            spoken = select(MessageRow.conversation_id).where(MessageRow.content.icontains(containing, autoescape=True))
-            titled = ConversationRow.title.icontains(containing, autoescape=True)
-            query = query.where(or_(titled, ConversationRow.id.in_(spoken)))
+    @property
+    def owner(self) -> str | None:
+        """Whose conversations they are; None where there are no users."""
+        return self._owner
+
+    @property
+    def personas(self) -> Personas:
+        """The same person's personas."""
+        return Personas(self._database, self._owner, self._clock)
+
+    @property
+    def folders(self) -> Folders:
+        """The same person's folders."""
+        return Folders(self._database, self._owner, self._clock)
+
+    @property
+    def shares(self) -> Shares:
+        """What the same person has shared."""
+        return Shares(self._database, self._owner, self._clock)
+
+    def now(self) -> float:
+        """The time in seconds since 1970."""
+        return self._clock()
+
+    def conversations(self) -> list[Conversation]:
+        """All conversations: those that are pinned, then the others, the latest first."""
         with self._database.read() as session:
-            return [_conversation(row) for row in session.scalars(query)]
+            return self._all(session)
+
+    def search(self, typed: str, most: int = 50) -> list[Found]:
+        """Conversations with all the words that a person types, or words that begin so, in their title or a message.
+
+        Titles come first, then the best message of each other conversation; see `assistant.search` for what a word is.
+        """
+        words = search.query_words(typed)
+        best: dict[str, int] = {}
+        with self._database.read() as session:
+            there = {one.id: one for one in self._all(session)} if words else {}
+            for conversation_id, message_id in search.find(session, words, self._owner):
+                best.setdefault(conversation_id, message_id)
+            titled = [one.id for one in there.values() if search.holds(one.title, words)]
+            found = [name for name in dict.fromkeys([*titled, *best]) if name in there][:most]
+            query = select(MessageRow.id, MessageRow.content).where(
+                MessageRow.id.in_([best[name] for name in found if name in best])
+            )
+            said = {row.id: row.content for row in session.execute(query)}
+        return [
+            Found(there[name], message_id, search.snippet(said[message_id], words) if message_id in said else None)
+            for name in found
+            for message_id in (best.get(name),)
+        ]
 
     def conversation(self, conversation_id: str) -> Conversation:
         """One conversation.
@@ -110,44 +137,86 @@ class ConversationStore:
             If there is none of that id.
         """
         with self._database.read() as session:
-            return _conversation(self._row(session, conversation_id))
+            return conversation_of(self._row(session, conversation_id))
 
-    def create(self, model: str) -> Conversation:
-        """A new, empty conversation."""
+    def create(
+        self,
+        model: str,
+        mode: str = REGULAR,
+        temperature: float | None = None,
+        folder_id: str | None = None,
+        look_up: bool = False,
+    ) -> Conversation:
+        """A new, empty conversation; raises as `change`."""
         now = self._clock()
         row = ConversationRow(
-            id=secrets.token_urlsafe(9),
+            id=new_id(),
             user_id=self._owner,
             title=UNTITLED,
             model=model,
             leaf_id=None,
             created=now,
             updated=now,
+            mode=mode,
+            temperature=temperature,
+            folder_id=folder_id,
+            pinned=False,
+            title_by="line",
+            look_up=look_up,
         )
         with self._database.write() as session:
+            self._check(session, {"mode": mode, "temperature": temperature, "folder_id": folder_id})
             session.add(row)
             session.flush()
-            return _conversation(row)
+            return conversation_of(row)
+
+    def change(self, conversation_id: str, **changes: Unpack[Changes]) -> Conversation:
+        """Change something of a conversation.
+
+        Raises
+        ------
+        InputError
+            If the title is empty or too long, the mode or the folder isn't there, or the temperature isn't of 0 to 2.
+        """
+        with self._database.write() as session:
+            row = self._row(session, conversation_id)
+            if "title" in changes:
+                row.title, row.title_by = _titled(changes["title"]), "person"
+            self._check(session, changes)
+            for name, value in changes.items():
+                if name != "title":
+                    setattr(row, name, value)
+            return conversation_of(row)
 
     def rename(self, conversation_id: str, title: str) -> None:
-        """Give a conversation another title; an empty one is refused."""
-        if not title.strip():
-            raise InputError("a conversation's title can't be empty")
+        """Give a conversation another title, as a person does; an empty one is refused."""
+        self.change(conversation_id, title=title)
+
+    def entitle(self, conversation_id: str, title: str) -> bool:
+        """Give a conversation the title that a model has found, unless a person has given one; whether it has it."""
+        untitled = update(ConversationRow).where(ConversationRow.id == conversation_id)
         with self._database.write() as session:
-            self._row(session, conversation_id).title = title.strip()
+            changed = session.execute(
+                untitled.where(ConversationRow.title_by == "line").values(title=title, title_by="model")
+            )
+            return bool(changed.rowcount)  # type: ignore[attr-defined]
 
     def choose_model(self, conversation_id: str, model: str) -> None:
         """Remember which model the conversation goes on with."""
-        with self._database.write() as session:
-            self._row(session, conversation_id).model = model
+        self.change(conversation_id, model=model)
+
+    def prompt(self, mode: str) -> str:
+        """What a model is told first in a mode; an `InputError` if there is none such."""
+        with self._database.read() as session:
+            return prompt_of(session, self._owner, mode)
 
     def delete(self, conversation_id: str) -> None:
         """Remove a conversation and its messages; nothing happens if it is gone already."""
         with self._database.write() as session:
-            gone = delete(ConversationRow).where(ConversationRow.id == conversation_id)
+            gone = ConversationRow.id == conversation_id
             if self._owner is not None:
-                gone = gone.where(ConversationRow.user_id == self._owner)
-            session.execute(gone)
+                gone &= ConversationRow.user_id == self._owner
+            remove_conversations(session, gone)
 
     def add(
         self,
@@ -171,12 +240,12 @@ class ConversationStore:
         with self._database.write() as session:
             conversation = self._row(session, conversation_id)
             if parent_id is not None:
-                _message_row(session, conversation_id, parent_id)
+                message_row(session, conversation_id, parent_id)
             row = MessageRow(
                 conversation_id=conversation_id,
                 parent_id=parent_id,
                 role=role,
-                content=content,
+                content=content.replace("\0", "\ufffd"),  # which PostgreSQL can't hold
                 model=model,
                 state=state,
                 notice=None,
@@ -185,10 +254,12 @@ class ConversationStore:
             )
             session.add(row)
             session.flush()
-            if role == "user" and conversation.title == UNTITLED:
+            if state != "writing":
+                search.index(session, row.id, content)
+            if role == "user" and conversation.title == UNTITLED and conversation.title_by == "line":
                 conversation.title = title_of(content)
             conversation.leaf_id, conversation.updated = row.id, now
-            return _messages(session, conversation_id)[row.id]
+            return messages_of(session, conversation_id)[row.id]
 
     def save(self, message_id: int, content: str, state: State, notice: str | None = None) -> None:
         """Store what a message has become; nothing happens if its conversation was deleted meanwhile.
@@ -198,8 +269,11 @@ class ConversationStore:
         changed = update(MessageRow).where(MessageRow.id == message_id)
         if state == "writing":
             changed = changed.where(MessageRow.state == "writing")
+        values = {"content": content, "state": state, "notice": notice, "updated": self._clock()}
         with self._database.write() as session:
-            session.execute(changed.values(content=content, state=state, notice=notice, updated=self._clock()))
+            saved = session.scalar(changed.values(values).returning(MessageRow.id))
+            if saved is not None and state != "writing":  # an index of what changes every moment would cost too much
+                search.index(session, message_id, content)
 
     def take_up(self, conversation_id: str, message_id: int) -> Message:
         """Begin to write an answer on that was cut short.
@@ -211,41 +285,52 @@ class ConversationStore:
         """
         with self._database.write() as session:
             self._row(session, conversation_id)
-            row = _message_row(session, conversation_id, message_id)
-            if row.role != "assistant" or row.state not in CUT_SHORT:
+            row = message_row(session, conversation_id, message_id)
+            if row.role != "assistant" or not goes_on(row.state, row.notice):
                 raise InputError(
                     f"the message {message_id} is a {row.state} one of the {row.role}: "
-                    f"an answer that is {', '.join(CUT_SHORT[:-1])} or {CUT_SHORT[-1]} can be taken up"
+                    f"an answer that is {', '.join(CUT_SHORT)} or was cut at its longest can be taken up"
                 )
             row.state, row.notice, row.updated = "writing", None, self._clock()
-            return _messages(session, conversation_id)[message_id]
+            return messages_of(session, conversation_id)[message_id]
 
     def thread(self, conversation_id: str) -> list[Message]:
         """The branch of a conversation that is shown, from its first message to its last."""
         with self._database.read() as session:
             leaf_id = self._row(session, conversation_id).leaf_id
-            messages = _messages(session, conversation_id)
-        return _path(messages, leaf_id)
+            messages = messages_of(session, conversation_id)
+        return path_to(messages, leaf_id)
+
+    def tree(self, conversation_id: str) -> tuple[Conversation, list[Message]]:
+        """A conversation with the messages of all its branches, in the order in which they were added."""
+        with self._database.read() as session:
+            conversation = conversation_of(self._row(session, conversation_id))
+            return conversation, list(messages_of(session, conversation_id).values())
 
     def path(self, conversation_id: str, message_id: int) -> list[Message]:
         """The messages that lead to one, itself included."""
         with self._database.read() as session:
             self._row(session, conversation_id)
-            _message_row(session, conversation_id, message_id)
-            messages = _messages(session, conversation_id)
-        return _path(messages, message_id)
+            message_row(session, conversation_id, message_id)
+            messages = messages_of(session, conversation_id)
+        return path_to(messages, message_id)
 
     def show(self, conversation_id: str, message_id: int) -> None:
         """Show the branch of a message, down to the latest message below it."""
         with self._database.write() as session:
             conversation = self._row(session, conversation_id)
-            _message_row(session, conversation_id, message_id)
+            message_row(session, conversation_id, message_id)
             below = {message_id}
-            for message in _messages(session, conversation_id).values():
+            for message in messages_of(session, conversation_id).values():
                 if message.parent_id in below:
                     below.add(message.id)
             # Ids grow with time, so the largest below has no message below it.
             conversation.leaf_id = max(below)
+
+    def show_if_hidden(self, conversation_id: str, message_id: int) -> None:
+        """Show the branch of a message unless it is shown anyway."""
+        if message_id not in {message.id for message in self.thread(conversation_id)}:
+            self.show(conversation_id, message_id)
 
     def interrupt_unfinished(self) -> int:
         """Mark the answers that a server's end cut short; to be called when a server starts, before it answers."""
@@ -254,13 +339,37 @@ class ConversationStore:
             for row in unfinished:
                 row.state = "interrupted"
                 row.notice = "The server ended while this was being written."
+                search.index(session, row.id, row.content)
             return len(unfinished)
 
+    def _check(self, session: Session, changes: Changes) -> None:
+        if "mode" in changes:
+            prompt_of(session, self._owner, changes["mode"])
+        temperature = changes.get("temperature")
+        if temperature is not None and not 0 <= temperature <= 2:
+            raise InputError(f"temperature = {temperature:g} is not accepted: a number from 0 to 2 is")
+        folder_id = changes.get("folder_id")
+        if folder_id is not None:
+            owned(session, self._owner, FolderRow, folder_id, "folder")
+
+    def _all(self, session: Session) -> list[Conversation]:
+        latest = (ConversationRow.pinned.desc(), ConversationRow.updated.desc(), ConversationRow.id)
+        query = select(ConversationRow).order_by(*latest)
+        if self._owner is not None:
+            query = query.where(ConversationRow.user_id == self._owner)
+        return [conversation_of(row) for row in session.scalars(query)]
+
     def _row(self, session: Session, conversation_id: str) -> ConversationRow:
-        row = session.get(ConversationRow, conversation_id)
-        if row is None or (self._owner is not None and row.user_id != self._owner):
-            raise InputError(f"there is no conversation {conversation_id!r}")
-        return row
+        return owned(session, self._owner, ConversationRow, conversation_id, "conversation")
+
+
+def _titled(title: str) -> str:
+    title = " ".join(title.replace("\0", "").split())
+    if not title:
+        raise InputError("a conversation's title can't be empty")
+    if len(title) > LONGEST_TITLE:
+        raise InputError(f"a title of {len(title)} characters is not accepted: 1 to {LONGEST_TITLE} are")
+    return title
 
 
 def title_of(text: str) -> str:
@@ -272,46 +381,16 @@ def title_of(text: str) -> str:
     return (cut.rsplit(" ", 1)[0] if " " in cut[TITLE_LENGTH // 2 :] else cut).rstrip(" ,;:.") + "…"
 
 
-def _message_row(session: Session, conversation_id: str, message_id: int) -> MessageRow:
-    row = session.get(MessageRow, message_id)
+def message_row(session: Session, conversation_id: str, message_id: int) -> MessageRow:
+    """A message of a conversation.
+
+    Raises
+    ------
+    NotFoundError
+        If it is none of the conversation's.
+    """
+    # A number that is no id of any database would be an error of theirs.
+    row = session.get(MessageRow, message_id) if 0 < message_id < 1 << 31 else None
     if row is None or row.conversation_id != conversation_id:
-        raise InputError(f"there is no message {message_id} in the conversation {conversation_id!r}")
+        raise NotFoundError(f"there is no message {message_id} in the conversation {conversation_id!r}")
     return row
-
-
-def _messages(session: Session, conversation_id: str) -> dict[int, Message]:
-    """All messages of a conversation by id, in the order in which they were added."""
-    query = select(MessageRow).where(MessageRow.conversation_id == conversation_id).order_by(MessageRow.id)
-    rows = session.scalars(query).all()
-    versions: dict[int | None, list[int]] = {}
-    for row in rows:
-        versions.setdefault(row.parent_id, []).append(row.id)
-    return {row.id: _message(row, tuple(versions[row.parent_id])) for row in rows}
-
-
-def _path(messages: dict[int, Message], leaf_id: int | None) -> list[Message]:
-    path = []
-    while leaf_id is not None:
-        path.append(messages[leaf_id])
-        leaf_id = messages[leaf_id].parent_id
-    return path[::-1]
-
-
-def _conversation(row: ConversationRow) -> Conversation:
-    return Conversation(row.id, row.title, row.model, row.leaf_id, row.created, row.updated)
-
-
-def _message(row: MessageRow, versions: tuple[int, ...]) -> Message:
-    return Message(
-        id=row.id,
-        conversation_id=row.conversation_id,
-        parent_id=row.parent_id,
-        role=cast("Role", row.role),
-        content=row.content,
-        model=row.model,
-        state=cast("State", row.state),
-        notice=row.notice,
-        created=row.created,
-        updated=row.updated,
-        versions=versions,
-    )

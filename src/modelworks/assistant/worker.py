@@ -9,7 +9,7 @@ from fastapi import FastAPI
 
 from modelworks.assistant.gateway import access_if_wanted, account_routes, administration_routes
 from modelworks.assistant.kept import DatabaseStorage
-from modelworks.serve.listen import Configured
+from modelworks.serve.listen import Configured, also_for_xai
 from modelworks.serve.log import log_to
 from modelworks.serve.store import Store
 from modelworks.serve.workers import WorkerPlan, end_with_parent
@@ -25,4 +25,7 @@ def create() -> FastAPI:
     access = access_if_wanted(Path(plan.config))
     routers = [account_routes(access), administration_routes(access)] if access else []
     storage = DatabaseStorage(access.accounts.database if access else None)
-    return Configured(Path(plan.config), Store(), plan.workers).app(plan.hosts, access, storage, routers)
+    configured = Configured(Path(plan.config), Store(), plan.workers)
+    app = configured.app(plan.hosts, access, storage, routers)
+    also_for_xai(app, plan.xai, configured.config.drain_s)
+    return app
