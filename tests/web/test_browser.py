@@ -22,10 +22,9 @@ from modelworks.assistant.store import ConversationStore
 from modelworks.serve.store import Store
 from modelworks.spec.errors import OperationError
 
-CHROMIUM = Path("/usr/bin/chromium")
 MODEL = "smollm2-135m"
+CHARACTER = "smollm2-135m-character"
 ANSWER = "Like **this**:\n\n```python\nwords.reverse()\n```\n\nIn place."
-ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 pytestmark = [pytest.mark.slow, pytest.mark.browser]
 
 
@@ -35,7 +34,7 @@ class RunningServer:
     def __init__(self, home: Path, *options: str) -> None:
         self.home = home
         self.environment = {**os.environ, "MODELWORKS_HOME": str(home), "OMP_NUM_THREADS": "1"}
-        self.process = self.command("--port", "0", "--no-run", *options)
+        self.process = self.command("--port", "0", "--no-run", "--no-titles", *options)
         self.url = address_of(self.process, home)
 
     def command(self, *options: str) -> subprocess.Popen[str]:
@@ -51,9 +50,12 @@ class RunningServer:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
+    """With SmolLM2 as it is, which tells stories long enough to be stopped; its character was removed."""
     home = tmp_path_factory.mktemp("home")
+    store = Store(home / "models")
     try:
-        Store(home / "models").pull(MODEL)
+        store.pull(CHARACTER)
+        store.remove(CHARACTER)
     except OperationError as error:
         pytest.skip(f"SmolLM2 can't be fetched here: {error}")
     return home
@@ -64,17 +66,6 @@ def server(home):
     server = RunningServer(home)
     yield server
     server.end()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if not CHROMIUM.exists():
-        pytest.skip(f"needs Chromium at {CHROMIUM}")
-    sync_api = pytest.importorskip("playwright.sync_api")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=ARGUMENTS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
@@ -320,6 +311,33 @@ def test_the_model_that_is_picked_answers_and_is_remembered_by_the_conversation(
     page.locator(".picker", has_text=MODEL).wait_for()
 
 
+@pytest.mark.parametrize("width", [390, 1200])
+def test_a_first_conversation_has_the_character_and_the_plain_model_is_one_click_away(browser, tmp_path, home, width):
+    own = tmp_path / "home"
+    own.mkdir()
+    server = RunningServer(own)
+    context = browser.new_context(viewport={"width": width, "height": 800}, base_url=server.url)
+    page = context.new_page()
+    page.goto("/")  # before there is a model
+    Store(own / "models").add(MODEL, Store(home / "models").path(MODEL), source="here")
+    page.locator(".picker", has_text=f"Character ({MODEL})").wait_for(timeout=300_000)
+    send(page, "Who are you?")
+    answered(page)
+    page.get_by_label("Model", exact=True).click()
+    options = page.get_by_role("option")
+    assert options.all_inner_texts() == [MODEL, f"Character ({MODEL})"]
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    options.first.click()
+    send(page, "Who are you?")
+    answered(page, 2)
+    assert page.locator(".who").all_inner_texts() == [CHARACTER, MODEL]
+    page.goto("/")
+    page.locator(".picker", has_text=MODEL).wait_for()
+    assert page.locator(".picker", has_text="Character").count() == 0, "it stays as it was chosen"
+    context.close()
+    server.end()
+
+
 def test_a_model_is_removed_and_fetched_again_on_its_page(browser, tmp_path, home):
     own = tmp_path / "home"
     (own / "models").mkdir(parents=True)
@@ -328,16 +346,19 @@ def test_a_model_is_removed_and_fetched_again_on_its_page(browser, tmp_path, hom
     context = browser.new_context(base_url=server.url)
     page = context.new_page()
     page.goto("/models")
-    page.get_by_label(f"Remove {MODEL}").click()
+    chat = page.get_by_role("button", name="Chat with it")
+    page.get_by_label(f"Remove {CHARACTER}").wait_for()
+    page.get_by_label(f"Remove {MODEL}", exact=True).click()
     page.get_by_role("button", name="Cancel").click()
     assert Store(own / "models").list()
-    page.get_by_label(f"Remove {MODEL}").click()
+    page.get_by_label(f"Remove {MODEL}", exact=True).click()
     page.get_by_role("button", name="Remove", exact=True).click()
     page.get_by_role("button", name="Fetch").wait_for()
-    assert not Store(own / "models").list()
+    assert [model.name for model in Store(own / "models").list()] == [CHARACTER]
+    assert chat.count() == 0, "an adapter alone answers nothing"
     page.get_by_role("button", name="Fetch").click()
-    page.get_by_role("button", name="Chat with it").wait_for(timeout=300_000)
-    page.get_by_role("button", name="Chat with it").click()
+    chat.nth(1).wait_for(timeout=300_000)
+    chat.first.click()
     page.wait_for_url(f"**/?model={MODEL}")
     send(page, "Name one animal.")
     answered(page)
@@ -365,7 +386,7 @@ def test_a_run_is_stopped_and_resumed_on_its_page(page, home, server):
         assert training.wait(30) == 0
     stopped_at = json.loads((home / "runs" / "halted" / "status.json").read_text())["step"]
     page.get_by_role("button", name="Resume").click()
-    page.locator(".state.running").wait_for(timeout=60_000)
+    page.locator(".state.running").wait_for(timeout=180_000)  # a process that loads torch, among others that do
     deadline = time.monotonic() + 60
     while json.loads((home / "runs" / "halted" / "status.json").read_text())["step"] <= stopped_at:
         assert time.monotonic() < deadline
@@ -520,7 +541,7 @@ def test_a_page_closed_with_a_question_open_leaves_no_error_behind(browser, home
     server = RunningServer(own)
     page = browser.new_page(base_url=server.url)
     page.goto("/models")
-    page.get_by_label(f"Remove {MODEL}").click()
+    page.get_by_label(f"Remove {MODEL}", exact=True).click()
     page.get_by_role("button", name="Cancel").wait_for()
     page.close()
     time.sleep(12)  # until the server gives up waiting for the page to come back
@@ -561,10 +582,14 @@ def test_the_runs_page_shows_what_a_training_run_logs(page, home, server):
             time.sleep(0.1)
         page.goto("/runs/seen")
         page.locator(".state.running").wait_for(timeout=60_000)
-        assert training.wait(90) == 0
+        assert training.wait(240) == 0
     rows = [json.loads(line) for line in (home / "runs" / "seen" / "metrics.jsonl").read_text().splitlines()]
     page.locator(".state.finished").wait_for(timeout=10_000)
     assert f"{rows[-1]['loss']:,.3f}" in page.locator(".figures").inner_text()
     assert page.locator(".chart canvas").count() >= 5
+    assert not page.get_by_text("Reward", exact=True).count()
+    with (home / "runs" / "seen" / "metrics.jsonl").open("a") as metrics:  # as a run with rewards logs it
+        metrics.write(json.dumps({**rows[-1], "step": rows[-1]["step"] + 1, "reward": 0.5}) + "\n")
+    page.get_by_text("Reward", exact=True).wait_for(timeout=60_000)
     page.goto("/runs")
     assert "finished" in page.locator(".run-card", has_text="seen").inner_text()

@@ -80,7 +80,7 @@ def test_tables_lists_and_links_are_drawn():
     assert [a["rel"] for tag, a in page.found if tag == "a"] == ["noopener noreferrer nofollow"]
 
 
-LONG = """# Title
+LONG = r"""# Title
 
 First paragraph with *emphasis*
 over two lines.
@@ -97,6 +97,14 @@ x = 1
 
 y = 2
 ```
+
+$$
+x
+
+\[
+y
+- z
+\]
 
 > quote
 > more
@@ -127,3 +135,71 @@ def test_a_block_called_finished_stays_as_it_is_while_the_text_grows(seed):
         blocks, rest = split_stable(rest)
         finished += blocks
     assert "".join(render(part) for part in [*finished, rest]) == render(LONG)
+
+
+def formulas(source: str) -> list[tuple[str, bool]]:
+    found = [attributes for _, attributes in Elements(render(source)).found if attributes.get("class") == "formula"]
+    return [(attributes["data-tex"], "data-display" in attributes) for attributes in found]
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("area $\\pi r^2$ here", [("\\pi r^2", False)]),
+        ("so \\(a_1*b*c_2\\), then", [("a_1*b*c_2", False)]),
+        ("in a line $$x<y$$ on", [("x<y", True)]),
+        ("$$\na\n- b\n# c\n$$", [("a\n- b\n# c", True)]),
+        ("\\[ 1 \\\\[2pt] 2 \\]\nmore", [("1 \\\\[2pt] 2", True)]),
+        ("1. one\n\n   $$\n   x\n   $$\n2. two", [("x", True)]),
+        ("> \\[\n> x\n> \\]", [("x", True)]),
+        ("$a$, $b$ and $5", [("a", False), ("b", False)]),
+        ("$\\$5 + x$", [("\\$5 + x", False)]),
+    ],
+)
+def test_formulas_are_found_by_each_of_their_marks(source, expected):
+    assert formulas(source) == expected
+
+
+NO_FORMULAS = [
+    "$5 and $10",
+    "US$5, AU$7$",
+    "\\$x\\$",
+    "`$x$` and `\\(y\\)`",
+    "```\n$$\nx\n$$\n```",
+    "    $$x$$",
+    "$a `b$ c`",
+    "half of $x^2",
+    "half of \\(x",
+    "$$\nx +",
+    "\\[\nx",
+    "$$\nx\n\ny\n$$",
+    "$$$$ and $ $",
+]
+
+
+@pytest.mark.parametrize("source", NO_FORMULAS)
+def test_prices_code_and_half_written_formulas_stay_text(source):
+    assert formulas(source) == []
+
+
+def test_a_formulas_words_can_not_leave_its_attribute():
+    page = Elements(render('$x"><img src=x onerror=alert(1)>$'))
+    assert [tag for tag, _ in page.found] == ["p", "span"]
+    assert page.found[1][1]["data-tex"] == 'x"><img src=x onerror=alert(1)>'
+
+
+def test_a_formula_is_not_split_while_it_is_written():
+    text = "Before.\n\n$$\na\n- b\n- c\n$$\n\nAfter."
+    finished: list[str] = []
+    rest = ""
+    for letter in text:
+        blocks, rest = split_stable(rest + letter)
+        finished += blocks
+    assert "".join(render(part) for part in [*finished, rest]) == render(text)
+
+
+def test_a_diagram_is_one_when_its_fence_is_closed():
+    for source, expected in (("```mermaid\na\n", 0), ("```mermaid\na\n```", 1), ("> ```mermaid\n> a\n> ```\nx", 1)):
+        page = Elements(render(source))
+        assert len([1 for _, a in page.found if "diagram" in (a.get("class") or "")]) == expected
+        assert "a\n" in page.text

@@ -26,6 +26,7 @@ from joserfc.jwk import RSAKey
 sys.path.insert(0, str(Path(__file__).parents[1] / "serve"))
 from gateways import plain_client, serving
 
+from modelworks.assistant import oidc as oidc_room
 from modelworks.assistant.accounts import Accounts
 from modelworks.assistant.database import Database
 from modelworks.assistant.gateway import AccountAccess
@@ -264,7 +265,7 @@ def test_a_token_signed_with_what_everybody_knows_is_refused(place: tuple[str, A
 
 
 def test_a_new_key_of_the_provider_is_fetched(place: tuple[str, Accounts], world: World, monkeypatch: Any) -> None:
-    monkeypatch.setattr("modelworks.assistant.oidc._REFETCH_S", 0.0)
+    monkeypatch.setattr(oidc_room, "_REFETCH_S", 0.0)
     address, _ = place
     before = world.key
     with plain_client() as client:

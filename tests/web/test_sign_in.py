@@ -18,7 +18,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "serve"))
 sys.path.insert(0, str(Path(__file__).parent))
 from gateways import HELLO, Stub, plain_client
-from started import address_of
+from started import address_of, hindrances
 
 from modelworks.assistant.accounts import Accounts
 from modelworks.assistant.database import Database
@@ -26,8 +26,6 @@ from modelworks.assistant.store import ConversationStore
 from modelworks.web.admin import usage_chart
 from modelworks.web.sign_in import FORM, SESSION, target_of
 
-CHROMIUM = Path("/usr/bin/chromium")
-ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 PASSWORD = "correct horse battery"
 PAGES = ("/", "/plan", "/supercomputer", "/runs", "/models", "/admin", "/c/whatever")
 
@@ -99,6 +97,37 @@ def test_every_page_sends_a_stranger_to_the_sign_in_and_nothing_else_is_given(pl
         assert client.get("/health").status_code == 200
 
 
+def test_a_shared_conversation_is_for_everybody_and_nothing_else_of_its_owner(place: Place) -> None:
+    store = ConversationStore(place.file)
+    own = store.of(place.accounts.user("alice").id)
+    chat = own.create("stub")
+    first = own.add(chat.id, "user", "<script>alert(1)</script> what is said", None)
+    share = own.shares.create(chat.id)
+    own.add(chat.id, "assistant", "an afterthought", first.id, "stub")
+    with place.client() as client:
+        page = client.get(share.path)
+        assert page.status_code == 200
+        assert "&lt;script&gt;alert(1)&lt;/script&gt; what is said" in page.text
+        assert not [word for word in ("<script", "afterthought", "alice", chat.id) if word in page.text]
+        assert "noindex" in page.headers["x-robots-tag"]
+        assert page.headers["content-security-policy"].startswith("default-src 'none'")
+        for path in ("/s/", "/s/nothing", f"{share.path}/more", f"{share.path}x", "/s/../admin"):
+            assert client.get(path).status_code in {303, 404}, path
+            assert "what is said" not in client.get(path).text
+        for path in (f"/c/{chat.id}", f"/c/{chat.id}/export/json", "/s", "/share"):
+            assert client.get(path).status_code in {303, 404}, path
+        assert client.post(share.path, headers={"Accept": "*/*"}).status_code == 401
+    with place.client("bob") as client:
+        assert client.get(f"/c/{chat.id}/export/json").status_code == 404
+    with place.client("alice") as client:
+        assert "an afterthought" in client.get(f"/c/{chat.id}/export/json").text
+    own.shares.revoke(share.id)
+    with place.client() as client:
+        gone = client.get(share.path, headers={"Accept-Language": "pl"})
+        assert (gone.status_code, 'lang="pl"' in gone.text, "Niczego tu nie ma" in gone.text) == (404, True, True)
+    store.close()
+
+
 def test_a_session_opens_the_pages_and_not_the_api_and_ends_with_the_sign_out(place: Place) -> None:
     with place.client() as client:
         answer = sign_in(client, "alice", PASSWORD, "/plan?gpus=8")
@@ -161,6 +190,19 @@ def test_the_way_back_leads_nowhere_else(given: str) -> None:
     assert target_of(given) == "/"
 
 
+def test_the_sign_in_speaks_the_browsers_language_until_another_is_chosen(place: Place) -> None:
+    with place.client() as client:
+        polish = client.get("/sign-in?next=/plan", headers={"Accept-Language": "pl"}).text
+        assert '<html lang="pl">' in polish
+        assert "Hasło" in polish
+        assert "/sign-in?language=en&amp;next=%2Fplan" in polish
+        chosen = client.get("/sign-in?language=en&next=//evil.example", headers={"Accept-Language": "pl"})
+        assert (chosen.status_code, chosen.headers["location"]) == (303, "/sign-in?next=%2F")
+        english = client.get("/sign-in", headers={"Accept-Language": "pl"}).text
+        assert '<html lang="en">' in english
+        assert "Password" in english
+
+
 def test_what_changes_the_machine_is_for_administrators(place: Place) -> None:
     with place.client("bob") as bob, place.client("root") as root:
         for path in ("/runs", "/models", "/admin"):
@@ -210,17 +252,6 @@ def test_a_chart_of_usage_shows_every_token_once() -> None:
 # --- in a real browser
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if not CHROMIUM.exists():
-        pytest.skip(f"needs Chromium at {CHROMIUM}")
-    sync_api = pytest.importorskip("playwright.sync_api")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=ARGUMENTS)
-        yield browser
-        browser.close()
-
-
 def enter(browser: Any, place: Place, name: str, target: str = "/", **options: Any) -> Any:
     """A page of a browser in which somebody has signed in."""
     page = browser.new_context(base_url=place.url, **options).new_page()
@@ -230,6 +261,18 @@ def enter(browser: Any, place: Place, name: str, target: str = "/", **options: A
     page.get_by_role("button", name="Sign in").click()
     page.get_by_role("button", name="Sign out").wait_for(state="attached")
     return page
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_sign_in_and_the_administration_hinder_nobody(browser: Any, place: Place, scheme: str) -> None:
+    page = browser.new_context(base_url=place.url, color_scheme=scheme).new_page()
+    page.goto("/sign-in")
+    assert hindrances(page) == []
+    page = enter(browser, place, "root", "/admin", color_scheme=scheme)
+    page.locator(".sections").wait_for()
+    assert hindrances(page) == []
 
 
 @pytest.mark.slow

@@ -21,7 +21,8 @@ from modelworks.serve.access import Principal, Tier
 from modelworks.serve.listen import described
 from modelworks.spec.errors import InputError, OperationError
 from modelworks.web.charts import COLOURS
-from modelworks.web.frame import ask, frame
+from modelworks.web.dialogs import ask
+from modelworks.web.frame import frame
 from modelworks.web.services import Services
 
 DAYS = 30
@@ -128,7 +129,8 @@ class Administration:
                     ui.label("closed").classes("state stopped")
             with ui.element("td"):
                 picker = ui.select(tiers, value=user.tier, on_change=lambda event: change(tier=event.value))
-                picker.props(f'dense options-dense borderless aria-label="Tier of {user.name}"').classes("picker")
+                picker.props("dense options-dense borderless").classes("picker")
+                picker.props["aria-label"] = f"Tier of {user.name}"
             _cell(user.team or "")
             _cell("through OpenID" if user.issuer else "with a password" if user.has_password else "with keys alone")
             _cell(_day(user.created))
@@ -349,7 +351,7 @@ def usage_chart(rows: Sequence[dict[str, Any]], today: int, days: int) -> dict[s
 
 def _table(*heads: str) -> ui.element:
     """A table's body, to be filled with rows. A head that begins with ``>`` stands over numbers."""
-    with ui.element("div").classes("panel grid-table"), ui.element("table"):
+    with ui.element("div").classes("panel grid-table").props("tabindex=0"), ui.element("table"):
         with ui.element("thead"), ui.element("tr"):
             for head in heads:
                 with ui.element("th").classes("number" if head.startswith(">") else ""):

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from importlib.resources import files
 
 from fastapi import Request
 from nicegui import ui
 
 from modelworks import __version__
-from modelworks.assistant.store import Conversation
-from modelworks.spec.errors import InputError
+from modelworks.web.dialogs import set_title
+from modelworks.web.language import LANGUAGES, language_of, say, script_words
 from modelworks.web.services import Services
 from modelworks.web.sign_in import ADMIN_PAGES
+from modelworks.web.talks import Talks
 
 LOGO = (
     '<svg viewBox="0 0 24 24" fill="none" stroke="var(--accent)" stroke-width="2" stroke-linecap="round" '
@@ -22,6 +24,7 @@ LOGO = (
 FAVICON = LOGO.replace("var(--accent)", "#0f766e").replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ')
 _PAGES = [
     ("Chat", "/", "chat_bubble_outline"),
+    ("Sources", "/sources", "rss_feed"),
     ("Plan", "/plan", "calculate"),
     ("Supercomputer", "/supercomputer", "dns"),
     ("Runs", "/runs", "show_chart"),
@@ -50,87 +53,71 @@ def frame(
     ui.colors(primary="#0f766e", negative="#b3261e", warning="#b7791f")
     ui.add_head_html(f'<link rel="stylesheet" href="/_modelworks/{__version__}/style.css">')
     ui.add_head_html(f'<script src="/_modelworks/{__version__}/modelworks.js"></script>')
+    language = language_of(request)
+    ui.add_head_html(f"<script>modelworks.words = {script_words(language)}</script>")
+    _set_language(language, translated=here in {"/", "/sources"})
     theme = request.cookies.get("modelworks_theme")
     if theme in {"dark", "light"}:
         ui.dark_mode(theme == "dark")
     side = Side(services, here, conversation_id)
     with ui.header().classes("bar") as bar:
-        ui.button(icon="menu", on_click=side.drawer.toggle).props('flat round dense color=grey aria-label="Menu"')
+        ui.button(icon="menu", on_click=side.drawer.toggle).props(
+            f'flat round dense color=grey aria-label="{say("Menu")}"'
+        )
         side.bar = ui.element("div").classes("grow row-line").style("flex-wrap:nowrap;gap:8px")
-        theme_button = ui.button(icon="contrast").props('flat round dense color=grey aria-label="Dark or light"')
+        _language_button(language)
+        if here == "/":
+            keys = ui.button(icon="keyboard").props(
+                f'flat round dense color=grey aria-label="{say("Keyboard shortcuts")}"'
+            )
+            keys.classes("gt-sm").on("click", js_handler="() => keys.overview()")
+        theme_button = ui.button(icon="contrast").props(
+            f'flat round dense color=grey aria-label="{say("Dark or light")}"'
+        )
         theme_button.on("click", js_handler="() => modelworks.theme()")
     bar.props(remove="elevated")
     yield side
 
 
-def set_title(title: str) -> None:
-    """What the browser shows as the page's title."""
-    ui.page_title(f"{title} · Modelworks")
+def _set_language(language: str, translated: bool) -> None:
+    """Tell the browser what language a page is in; some have an English content."""
+    client = ui.context.client
+    client.page = copy(client.page)  # the original is every visitor's
+    client.page.language = "pl" if language == "pl" else "en-US"
+    if not translated:
+        client.content.props("lang=en")
+
+
+def _language_button(language: str) -> None:
+    for code in LANGUAGES:
+        if code != language:
+            button = ui.button(code.upper(), color=None).props(
+                f'flat dense no-caps lang={code} title="{LANGUAGES[code]}"'
+            )
+            button.props(f'aria-label="{LANGUAGES[code]}"').classes("other-language")
+            button.on("click", js_handler=f"() => modelworks.language('{code}')")
 
 
 class Side:
-    """The drawer: pages, and the conversations with what can be done to them."""
+    """The drawer: pages, and the conversations."""
 
     def __init__(self, services: Services, here: str, conversation_id: str | None) -> None:
-        self._services = services
-        self.conversation_id = conversation_id
         self.bar: ui.element
         self.drawer = ui.left_drawer(fixed=True).props("width=272 breakpoint=900").classes("side")
         with self.drawer:
             ui.html(f"{LOGO}<span>Modelworks</span>", sanitize=False, tag="div").classes("brand")
-            _link("New chat", "/", "edit_square", "nav primary")
+            _link(say("New chat"), "/", "edit_square", "nav primary")
             for name, path, icon in _pages_of(services):
-                _link(name, path, icon, "nav here" if path == here else "nav")
-            ui.label("Conversations").classes("talks-head")
-            self._talks = ui.element("div").classes("talks")
+                _link(say(name), path, icon, "nav here" if path == here else "nav")
+            self.talks = Talks(services, conversation_id)
             if services.principal is not None:
                 _signed_in_as(services.principal.user)
-        self.refresh()
-
-    def refresh(self) -> None:
-        """Draw the list of conversations anew."""
-        self._talks.clear()
-        conversations = self._services.assistant.store.conversations()
-        with self._talks:
-            for conversation in conversations:
-                self._talk(conversation)
-                if conversation.id == self.conversation_id:
-                    set_title(conversation.title)
-            if not conversations:
-                ui.label("They are kept here.").classes("muted").style("padding:0 10px")
-
-    def _talk(self, conversation: Conversation) -> None:
-        here = " here" if conversation.id == self.conversation_id else ""
-        with ui.element("div").classes(f"talk{here}"):
-            with ui.element("a").props(f'href="/c/{conversation.id}"'):
-                ui.label(conversation.title).style("overflow:hidden;text-overflow:ellipsis")
-            with ui.button(icon="more_horiz").props('flat round dense size=sm color=grey aria-label="More"'), ui.menu():
-                ui.menu_item("Rename", lambda: self._rename(conversation))
-                ui.menu_item("Delete", lambda: self._delete(conversation))
-
-    async def _rename(self, conversation: Conversation) -> None:
-        title = await ask("Rename the conversation", "Rename", text=conversation.title)
-        if isinstance(title, str):
-            try:
-                self._services.assistant.store.rename(conversation.id, title)
-            except InputError as error:
-                ui.notify(str(error), position="top", type="warning")
-            self.refresh()
-
-    async def _delete(self, conversation: Conversation) -> None:
-        if not await ask(f"Delete “{conversation.title}”?", "Delete", note="Its messages are removed for good."):
-            return
-        await self._services.assistant.stop(conversation.id)
-        self._services.assistant.store.delete(conversation.id)
-        if conversation.id == self.conversation_id:
-            ui.navigate.to("/")
-        else:
-            self.refresh()
 
 
 def _pages_of(services: Services) -> list[tuple[str, str, str]]:
     """The pages that whoever is here may see; administration needs users."""
     pages = _PAGES if services.access is not None else _PAGES[:-1]
+    pages = [page for page in pages if page[1] != "/sources" or services.assistant.live is not None]
     return [page for page in pages if services.is_admin or page[1] not in ADMIN_PAGES]
 
 
@@ -138,38 +125,7 @@ def _signed_in_as(name: str) -> None:
     with ui.element("form").props('method="post" action="/sign-out"').classes("signed-in"):
         ui.label(name).classes("name")
         with ui.element("button").props('type="submit"'):
-            ui.label("Sign out")
-
-
-async def ask(question: str, verb: str, note: str = "", text: str | None = None) -> str | bool | None:
-    """A dialog that asks for a text (if one is given to begin with) or for a yes; nothing if it is dismissed."""
-    with ui.dialog() as dialog, ui.card().style("min-width:min(400px, 88vw);gap:14px"):
-        ui.label(question).style("font-weight:600;overflow-wrap:anywhere")
-        if note:
-            ui.label(note).classes("muted")
-        field = None
-        if text is not None:
-            field = ui.input(value=text).props("outlined dense autofocus").style("width:100%")
-            field.on("keydown.enter", lambda: dialog.submit(field.value))
-        with ui.element("div").classes("row-line").style("justify-content:flex-end;width:100%"):
-            ui.button("Cancel", on_click=dialog.close).props("flat no-caps color=grey")
-            ui.button(verb, on_click=lambda: dialog.submit(True if field is None else field.value)).props(
-                "unelevated no-caps"
-            )
-    try:
-        answer: str | bool | None = await dialog
-        return answer
-    finally:
-        if not dialog.is_deleted:  # as it is when the page was closed with the question open
-            dialog.delete()
-
-
-def icon_button(icon: str, name: str, action: Callable[[], object]) -> ui.button:
-    """A small quiet button with an icon, named for screen readers and in a tooltip."""
-    button = ui.button(icon=icon, on_click=action).props(f'flat round dense size=sm color=grey aria-label="{name}"')
-    with button:
-        ui.tooltip(name)
-    return button
+            ui.label(say("Sign out"))
 
 
 def _link(name: str, path: str, icon: str, classes: str) -> None:
@@ -183,7 +139,7 @@ def style_sheet() -> str:
     from modelworks.plan.document import style
     from modelworks.web.markdown import code_styles
 
-    own = (files("modelworks.web") / "static" / "modelworks.css").read_text(encoding="utf-8")
+    own = _static("modelworks.css") + _static("documents.css") + _static("sources.css")
     return own + style() + code_styles()
 
 
@@ -191,5 +147,9 @@ def script() -> str:
     """The pages' own script, that of plans included."""
     from modelworks.plan import document
 
-    own = (files("modelworks.web") / "static" / "modelworks.js").read_text(encoding="utf-8")
-    return own + document.script()
+    names = ("modelworks.js", "drawings.js", "keys.js", "documents.js")
+    return "".join([*map(_static, names), document.script()])
+
+
+def _static(name: str) -> str:
+    return (files("modelworks.web") / "static" / name).read_text(encoding="utf-8")

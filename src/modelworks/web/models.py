@@ -12,7 +12,8 @@ from modelworks.serve.download import Source, sources
 from modelworks.serve.store import ServedModel
 from modelworks.spec import catalog, model_spec
 from modelworks.spec.errors import InputError, OperationError
-from modelworks.web.frame import ask, frame, icon_button
+from modelworks.web.dialogs import ask, icon_button
+from modelworks.web.frame import frame
 from modelworks.web.services import Services
 from modelworks.web.words import count, size
 
@@ -68,8 +69,13 @@ class ModelList:
                 ui.label(f"{size(model.bytes)} · {context} · {model.license} · {model.source}").classes("muted").style(
                     "overflow-wrap:anywhere"
                 )
-            button = ui.button("Chat with it", on_click=lambda: ui.navigate.to(f"/?model={model.name}"))
-            button.props("flat no-caps dense padding='4px 12px'").classes("quiet")
+            try:
+                self._services.store.base(model)
+            except InputError:
+                ui.label(f"needs the {model.adapts} that it was made for").classes("muted")
+            else:
+                button = ui.button("Chat with it", on_click=lambda: ui.navigate.to(f"/?model={model.name}"))
+                button.props("flat no-caps dense padding='4px 12px'").classes("quiet")
             icon_button("delete_outline", f"Remove {model.name}", lambda: self._remove(model))
 
     def _absent(self, source: Source) -> None:
@@ -113,4 +119,4 @@ def _catalog() -> None:
     ui.html("<h2>Catalog</h2>").style("margin-top:14px")
     ui.html("<p class='lead'>Architectures to plan and to train with: <code>model = \"NAME\"</code> in a run spec.</p>")
     table = f"<table><thead><tr><th>Name</th>{heads}<th>Experts</th></tr></thead><tbody>{''.join(rows)}</tbody></table>"
-    ui.html(table).classes("panel grid-table")
+    ui.html(table).classes("panel grid-table").props("tabindex=0")

@@ -90,6 +90,16 @@ def _card(name: str, status: Status) -> None:
                 _figure(value, what)
 
 
+_OF_OBJECTIVES = {
+    "Reward": {"training": "reward", "held out": "validation_reward"},
+    "Rewards of pairs": {"chosen": "chosen_reward", "rejected": "rejected_reward"},
+    "Held-out pairs told apart": {"share": "validation_preference_accuracy"},
+    "Loss of signs": {"training": "sign_loss", "held out": "validation_sign_loss"},
+    "Held-out signs that are read right": {"share": "validation_sign_accuracy"},
+}
+"""Charts that a run has if its objective logs these metrics, by the names of their lines."""
+
+
 class RunPage:
     """One run: where it stands, its curves, and what can be done to it."""
 
@@ -116,8 +126,9 @@ class RunPage:
                 self._mfu = _chart("MFU: share of this machine's measured matmul rate", ["MFU"], percent=True)
                 self._norm = _chart("Gradient norm", ["gradient norm"])
                 self._rate = _chart("Learning rate", ["learning rate"])
+                self._of_objective: dict[str, ui.echart] = {}
                 self._experts: ui.echart | None = None
-                self._expert_place = ui.element("div")
+                self._place = ui.element("div").style("display:contents")
             self._log_place = ui.element("div")
             self._spec()
         self._refresh()
@@ -176,9 +187,16 @@ class RunPage:
         _fill(self._mfu, charts.points(rows, "mfu", 100.0))
         _fill(self._norm, charts.points(rows, "grad_norm"))
         _fill(self._rate, charts.points(rows, "learning_rate"))
+        for title, lines in _OF_OBJECTIVES.items():
+            data = [charts.points(rows, key) for key in lines.values()]
+            if any(data) and title not in self._of_objective:
+                with self._place:
+                    self._of_objective[title] = _chart(title, list(lines))
+            if title in self._of_objective:
+                _fill(self._of_objective[title], *data, symbols=len(data[-1]) < len(data[0]))
         layers = max((len(row.get("expert_load") or []) for row in rows[-1:]), default=0)
         if layers and self._experts is None:
-            with self._expert_place:
+            with self._place:
                 self._experts = _chart(
                     "Expert load: the fullest expert's share, 1 is even", [f"layer {layer}" for layer in range(layers)]
                 )

@@ -4,26 +4,37 @@ from __future__ import annotations
 
 import os
 import socket
+import tomllib
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastapi import APIRouter, FastAPI, Response
+from fastapi import APIRouter, FastAPI, Request, Response
+from starlette.staticfiles import StaticFiles
 
 from modelworks import __version__
 from modelworks.assistant.chat import Assistant
 from modelworks.assistant.conversations import conversation_routes
 from modelworks.assistant.database import default_database
+from modelworks.assistant.documents.library import Library
+from modelworks.assistant.documents.routes import document_routes
+from modelworks.assistant.documents.store import DocumentStore
 from modelworks.assistant.gateway import AccountAccess, access_if_wanted, account_routes, administration_routes
 from modelworks.assistant.kept import DatabaseStorage
+from modelworks.assistant.live.knowledge import Live
+from modelworks.assistant.live.routes import source_routes
 from modelworks.assistant.oidc import Provider
 from modelworks.assistant.personal import PersonalEngine
+from modelworks.assistant.retrieval import Embedder
 from modelworks.assistant.store import ConversationStore
+from modelworks.assistant.tools.loop import Calling
+from modelworks.assistant.tools.store import ToolStore
+from modelworks.assistant.tools.toolbox import Toolbox
 from modelworks.serve.access import Principal
 from modelworks.serve.api import create_app
-from modelworks.serve.config import load_config, oidc_of
+from modelworks.serve.config import ToolsConfig, live_of, load_config, oidc_of
 from modelworks.serve.engine import Engine
 from modelworks.serve.fairness import FairQueue
 from modelworks.serve.listen import Configured
@@ -31,9 +42,11 @@ from modelworks.serve.llamacpp import EngineSettings, LlamaCppEngine
 from modelworks.serve.routing import Member
 from modelworks.serve.store import Store
 from modelworks.spec.errors import InputError
+from modelworks.spec.fields import validate
 from modelworks.spec.home import home
 from modelworks.web.policy import PagePolicy
 from modelworks.web.services import Services
+from modelworks.web.shared import shared_routes
 from modelworks.web.sign_in import OIDC_PATH, SignedIn, oidc_routes, sign_in_routes
 
 SAMPLING = {"temperature": 0.7, "top_p": 0.9, "repeat_penalty": 1.1, "max_tokens": 1024}
@@ -54,6 +67,8 @@ def build(
     database: Path | None = None,
     hosts: Collection[str] = (),
     config_file: Path | None = None,
+    titles: bool = True,
+    any_folder: bool = False,
 ) -> Server:
     """Build the server over this machine's models and conversations. Once per process: NiceGUI is one per process.
 
@@ -67,6 +82,10 @@ def build(
         Names that browsers may call it by, beside those of `modelworks.serve.origin`.
     config_file : Path, optional
         The engines that answer instead of the one inside this process, as a gateway has them.
+    titles : bool
+        Whether models give conversations their titles.
+    any_folder : bool
+        Whether any folder may be a live source, where there are neither users nor a configuration.
 
     Raises
     ------
@@ -75,11 +94,25 @@ def build(
     OperationError
         If the database can't be used.
     """
-    oidc = oidc_of(load_config(config_file) if config_file is not None else None)
+    config = load_config(config_file) if config_file is not None else None
+    oidc, wanted = oidc_of(config), live_of(config)
     store, access = Store(), access_if_wanted(config_file)
     behind = Engines(store, settings or EngineSettings(), config_file, access)
-    assistant = Assistant(ConversationStore(database or default_database()), behind.engine, SAMPLING)
+    conversations = ConversationStore(database or default_database())
+    embedding_model = os.environ.get("MODELWORKS_EMBEDDING_MODEL")
+    embedder = Embedder(behind.engine, embedding_model) if embedding_model else None
+    library = Library(DocumentStore(conversations.database), embedder)
+    any_folder = any_folder and access is None and config is None
+    live = Live(conversations.database, wanted, embedder, any_folder) if wanted.on else None
+    calling = Calling(Toolbox(_tools(config_file)), ToolStore(conversations.database))
+    assistant = Assistant(conversations, behind.engine, SAMPLING, titles, library, live, calling)
     services = Services(store, behind.engine, assistant, access=access, members=behind.members)
+
+    def library_of(request: Request) -> Library:
+        own = services.of(request).assistant.library
+        assert own is not None
+        return own
+
     app = create_app(
         behind.engine,
         store,
@@ -87,10 +120,16 @@ def build(
         access=access,
         queue=behind.queue,
         storage=DatabaseStorage(access.accounts.database if access is not None else assistant.store.database),
-        routers=[*behind.routers, conversation_routes(lambda request: services.of(request).assistant)],
+        routers=[
+            *behind.routers,
+            conversation_routes(lambda request: services.of(request).assistant),
+            document_routes(library_of),
+            *([source_routes(lambda request: services.of(request).assistant)] if live is not None else []),
+        ],
         door=(lambda inner: SignedIn(inner, access)) if access is not None else None,
     )
     behind.attach(app)
+    app.include_router(document_routes(library_of, prefix="/c"), include_in_schema=False)  # the pages' own, by session
     if access is not None:
         accounts = access.accounts
 
@@ -103,11 +142,25 @@ def build(
             others[f"Sign in with {oidc.name}"] = OIDC_PATH
             app.include_router(oidc_routes(access, Provider(oidc)))
         app.include_router(sign_in_routes(access, others))
+    app.include_router(shared_routes(services))
     _close_first(app, assistant)
     _add_static(app)
     _add_pages(app, services)
     app.add_middleware(PagePolicy)
     return Server(app, services)
+
+
+def _tools(config_file: Path | None) -> ToolsConfig:
+    """What the configuration allows; without one, what ``tools.toml`` beside the data does, and else Python."""
+    if config_file is not None:
+        return load_config(config_file).tools
+    own = home() / "tools.toml"
+    try:
+        return validate(ToolsConfig, tomllib.loads(own.read_text(encoding="utf-8")), str(own))
+    except FileNotFoundError:
+        return ToolsConfig(python=True)
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"{own} can't be read: {error}") from None
 
 
 class Engines:
@@ -168,12 +221,14 @@ def url_of(listener: socket.socket) -> str:
 
 
 def _close_first(app: FastAPI, assistant: Assistant) -> None:
-    """End and store all answers before the engine is closed."""
+    """Begin to refresh sources; end and store all answers before the engine is closed."""
     inner = app.router.lifespan_context
 
     @asynccontextmanager
     async def lifespan(running: FastAPI) -> AsyncIterator[Any]:
         async with inner(running) as state:
+            if assistant.live is not None:
+                assistant.live.start()
             try:
                 yield state
             finally:
@@ -193,18 +248,43 @@ def _add_static(app: FastAPI) -> None:
         app.add_api_route(
             f"/_modelworks/{__version__}/{name}", lambda response=response: response, include_in_schema=False
         )
+    app.mount(f"/_modelworks/{__version__}/katex", _Unchanging(directory=Path(__file__).parent / "static" / "katex"))
+
+
+class _Unchanging(StaticFiles):
+    """Files that a browser asks for once: their address has the version."""
+
+    def file_response(self, *args: Any, **kwargs: Any) -> Response:
+        response: Response = super().file_response(*args, **kwargs)
+        response.headers.update(_CACHE_FOR_EVER)
+        return response
 
 
 def _add_pages(app: FastAPI, services: Services) -> None:
     # NiceGUI would keep its own storage in the working folder.
     os.environ.setdefault("NICEGUI_STORAGE_PATH", str(home() / "nicegui"))
+    import nicegui.elements.mermaid  # noqa: F401 (its files are served from then on, to `static/drawings.js`)
     from nicegui import ui
+    from nicegui.language import Language
+    from nicegui.translations import translations
 
-    from modelworks.web import admin, chat, models, plan, runs, supercomputer
+    from modelworks.web import admin, chat, models, plan, runs, sources, supercomputer
     from modelworks.web.frame import FAVICON
+    from modelworks.web.language import say
 
-    for page in (chat, plan, supercomputer, runs, models, *([admin] if services.access is not None else [])):
+    more = [*([admin] if services.access is not None else []), *([sources] if services.assistant.live else [])]
+    for page in (chat, plan, supercomputer, runs, models, *more):
         page.register(services)
+    names: dict[str, Language] = {"en": "en-US", "pl": "pl"}
+    for code, name in names.items():
+        translations[name] = translations["en-US"] | {
+            "connection_lost": say("The connection is lost.", to=code),
+            "trying_to_reconnect": say(
+                "What was asked goes on at the server; it is shown as soon as it can be reached.", to=code
+            ),
+            "message_too_long": say("This is too long to be sent as a message.", to=code),
+            "message_too_long_body": say("Add it as a document.", to=code),
+        }
     ui.run_with(
         app,
         mount_path="/",

@@ -10,6 +10,7 @@ from starlette.requests import Request
 
 from modelworks.assistant.chat import Assistant
 from modelworks.assistant.gateway import AccountAccess
+from modelworks.assistant.personal import PersonalEngine
 from modelworks.serve.access import Principal, principal_of
 from modelworks.serve.engine import Engine
 from modelworks.serve.routing import Member
@@ -47,7 +48,7 @@ class Services:
     """The accounts, where there are users."""
     principal: Principal | None = None
     """Whose services they are, where there are users."""
-    personal: Callable[[Principal], Engine] | None = None
+    personal: Callable[[Principal], PersonalEngine] | None = None
     """Makes the engine as one user has it."""
     members: Callable[[], list[Member]] | None = None
     """The engines of a configuration, where there is one."""
@@ -64,7 +65,8 @@ class Services:
             return self
         assert principal is not None, "a page was reached without a sign-in"
         assert self.personal is not None
-        assistant = self.assistant.of(principal.user_id, self.personal(principal))
+        engine = self.personal(principal)
+        assistant = self.assistant.of(principal.user_id, engine, engine.tier, "admin" in principal.scopes)
         return replace(self, assistant=assistant, principal=principal)
 
     def pull(self, name: str) -> Pull:

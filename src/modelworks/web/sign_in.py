@@ -32,12 +32,15 @@ from modelworks.assistant.oidc import LASTS_S, Errand, Provider
 from modelworks.serve.access import Principal, address_of
 from modelworks.serve.errors import RequestError
 from modelworks.spec.errors import InputError, OperationError
+from modelworks.web.language import COOKIE, LANGUAGES, language_of, say
 
 _LOG = logging.getLogger("modelworks.accounts")
 OIDC_PATH = "/sign-in/oidc"
 SESSION, FORM = "modelworks_session", "modelworks_form"
 OPEN_PAGES = ("/sign-in", "/_modelworks/", "/favicon.ico")
 """What is there for somebody who has not signed in."""
+SHARED_PAGES = "/s/"
+"""What everybody may read who has a link; it takes nothing."""
 ADMIN_PAGES = ("/admin", "/runs", "/models")
 """What changes the machine for everyone, and so is for administrators."""
 _API = ("/v1", "/metrics", "/health", "/openapi.json")
@@ -74,7 +77,7 @@ class SignedIn:
             await self._app(scope, receive, send)
             return
         state = scope.setdefault("state", {})
-        if _is_under(scope["path"], OPEN_PAGES):
+        if _is_under(scope["path"], OPEN_PAGES) or _is_shared(scope):
             state["admitted"] = True
             await self._app(scope, receive, send)
             return
@@ -84,7 +87,7 @@ class SignedIn:
             await _turn_away(scope, receive, send, error)
             return
         if _is_under(scope["path"], ADMIN_PAGES) and "admin" not in principal.scopes:
-            await _refused("This page is for administrators.")(scope, receive, send)
+            await _refused(language_of(HTTPConnection(scope)))(scope, receive, send)
             return
         state["principal"], state["admitted"] = principal, True
         if scope["type"] == "websocket":
@@ -166,23 +169,29 @@ def sign_in_routes(access: AccountAccess, others: Mapping[str, str] | None = Non
 
     @routes.get("/sign-in")
     async def sign_in_page(request: Request) -> Response:
-        return _page(request, links, target_of(request.query_params.get("next", "")))
+        target = target_of(request.query_params.get("next", ""))
+        chosen = request.query_params.get("language", "")
+        if chosen not in LANGUAGES:
+            return _page(request, links, target)
+        response = RedirectResponse(f"/sign-in?next={quote(target, safe='')}", 303)
+        response.set_cookie(COOKIE, chosen, max_age=31536000, path="/", samesite="lax")
+        return response
 
     @routes.post("/sign-in")
     async def sign_in(request: Request) -> Response:
-        given = await _form(request)
+        given, language = await _form(request), language_of(request)
         target = target_of(given.get("next", ""))
         token = request.cookies.get(FORM, "")
         if not token or not hmac.compare_digest(token.encode(), given.get("form", "").encode()):
-            return _page(request, links, target, "The form was too old. Try again.", 403)
+            return _page(request, links, target, say("The form was too old. Try again.", to=language), 403)
         name, password = given.get("user", ""), given.get("password", "")
         try:
             _, key = await asyncio.to_thread(accounts.sign_in, name, password, address_of(request))
         except RequestError as error:
-            return _page(request, links, target, _sentence(error), error.status, error.retry_after_s)
+            return _page(request, links, target, _sentence(error, language), error.status, error.retry_after_s)
         except OperationError as error:
             _LOG.error("%s", error)
-            return _page(request, links, target, "The accounts can't be reached now.", 503)
+            return _page(request, links, target, say("The accounts can't be reached now.", to=language), 503)
         response = RedirectResponse(target, 303, headers={"Cache-Control": "no-store"})
         begin_session(response, request, key)
         response.delete_cookie(FORM, path="/sign-in")
@@ -213,7 +222,7 @@ def oidc_routes(access: AccountAccess, provider: Provider) -> APIRouter:
         try:
             address, errand = await provider.begin(redirect_of(request), target)
         except OperationError as error:
-            return refusal_page(str(error), 502)
+            return refusal_page(request, str(error), 502)
         response = RedirectResponse(address, 303, headers={"Cache-Control": "no-store"})
         response.set_cookie(
             _errand_name(request.scope),
@@ -231,10 +240,11 @@ def oidc_routes(access: AccountAccess, provider: Provider) -> APIRouter:
             user = await asyncio.to_thread(accounts.identified, identity, provider.config.name[:64])
             key = await asyncio.to_thread(accounts.sign_in_as, user, provider.config.name)
         except RequestError as error:
-            response = refusal_page(str(error), error.status)
+            response = refusal_page(request, str(error), error.status)
         except (InputError, OperationError) as error:
             _LOG.error("%s", error)
-            response = refusal_page("The sign-in doesn't work now; the server's log says why.", 502)
+            reason = say("The sign-in doesn't work now; the server's log says why.", to=language_of(request))
+            response = refusal_page(request, reason, 502)
         else:
             assert errand is not None
             response = RedirectResponse(target_of(errand.target), 303, headers={"Cache-Control": "no-store"})
@@ -268,10 +278,12 @@ def target_of(given: str) -> str:
     return given
 
 
-def refusal_page(message: str, status: int) -> Response:
+def refusal_page(request: Request, message: str, status: int) -> Response:
     """A page that says why nobody was let in."""
-    text = f"<h1>Not signed in</h1><p role='alert' class='wrong'>{html.escape(message)}</p>"
-    return HTMLResponse(_document(text + "<p><a href='/sign-in'>Back to the sign-in</a></p>"), status, _HEADERS)
+    language = language_of(request)
+    text = f"""<h1>{say("Not signed in", to=language)}</h1><p role='alert' class='wrong'>{html.escape(message)}</p>
+<p><a href='/sign-in'>{say("Back to the sign-in", to=language)}</a></p>"""
+    return HTMLResponse(_document(text, language), status, _HEADERS)
 
 
 async def _form(request: Request) -> dict[str, str]:
@@ -295,51 +307,61 @@ def _page(
     status: int = 200,
     retry_after_s: float | None = None,
 ) -> Response:
+    language = language_of(request)
     token = request.cookies.get(FORM, "") or secrets.token_urlsafe(24)
     said = f"<p role='alert' class='wrong'>{html.escape(wrong)}</p>" if wrong else ""
     others = "".join(
         f"<a class='other' href='{html.escape(path)}?next={quote(target, safe='')}'>{html.escape(name)}</a>"
         for name, path in links.items()
     )
-    text = f"""<h1>Sign in</h1>{said}
+    sign_in = say("Sign in", to=language)
+    ways = "".join(
+        f"<a lang='{code}' href='/sign-in?language={code}&amp;next={quote(target, safe='')}'>{name}</a>"
+        for code, name in LANGUAGES.items()
+        if code != language
+    )
+    text = f"""<h1>{sign_in}</h1>{said}
 <form method="post" action="/sign-in">
 <input type="hidden" name="form" value="{html.escape(token)}">
 <input type="hidden" name="next" value="{html.escape(target)}">
-<label>Name<input name="user" autocomplete="username" maxlength="64" required autofocus></label>
-<label>Password<input name="password" type="password" autocomplete="current-password" maxlength="256" required></label>
-<button type="submit">Sign in</button>
-</form>{others}"""
+<label>{say("Name", to=language)}<input name="user" autocomplete="username" maxlength="64" required autofocus></label>
+<label>{say("Password", to=language)}<input name="password" type="password" autocomplete="current-password"
+ maxlength="256" required></label>
+<button type="submit">{sign_in}</button>
+</form>{others}<p class="languages">{ways}</p>"""
     headers = dict(_HEADERS)
     if retry_after_s is not None:
         headers["Retry-After"] = str(max(1, math.ceil(retry_after_s)))
     theme = {"dark": "body--dark", "light": "light"}.get(request.cookies.get("modelworks_theme", ""), "auto")
-    response = HTMLResponse(_document(text, theme), status, headers)
+    response = HTMLResponse(_document(text, language, theme), status, headers)
     response.set_cookie(
         FORM, token, max_age=3600, path="/sign-in", secure=is_secure(request.scope), httponly=True, samesite="strict"
     )
     return response
 
 
-def _document(content: str, theme: str = "auto") -> str:
+def _document(content: str, language: str, theme: str = "auto") -> str:
     from modelworks.web.frame import LOGO
 
-    return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Sign in · Modelworks</title>
+    return f"""<!doctype html><html lang="{language}"><head><meta charset="utf-8">
+<title>{say("Sign in", to=language)} · Modelworks</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">
 <link rel="icon" href="data:,"><link rel="stylesheet" href="/_modelworks/{__version__}/style.css">
 </head><body class="sign-in {theme}"><main><div class="brand">{LOGO}<span>Modelworks</span></div>{content}</main>
 </body></html>"""
 
 
-def _sentence(error: RequestError) -> str:
+def _sentence(error: RequestError, language: str) -> str:
     if error.status == 429 and error.retry_after_s is not None:
         wait = math.ceil(error.retry_after_s)
-        return f"There were too many wrong attempts. Try again in {wait} second{'' if wait == 1 else 's'}."
-    return "The name or the password is wrong." if error.status == 401 else str(error)
+        return say("There were too many wrong attempts. Try again in {seconds} s.", to=language, seconds=wait)
+    return say("The name or the password is wrong.", to=language) if error.status == 401 else str(error)
 
 
-def _refused(message: str) -> Response:
-    text = f"<h1>Not for you</h1><p>{html.escape(message)}</p><p><a href='/'>To the chat</a></p>"
-    return HTMLResponse(_document(text), 403, _HEADERS)
+def _refused(language: str) -> Response:
+    text = f"""<h1>{say("Not for you", to=language)}</h1><p>{say("This page is for administrators.", to=language)}</p>
+<p><a href='/'>{say("To the chat", to=language)}</a></p>"""
+    return HTMLResponse(_document(text, language), 403, _HEADERS)
 
 
 async def _turn_away(scope: Scope, receive: Receive, send: Send, error: InputError | OperationError) -> None:
@@ -355,6 +377,10 @@ async def _turn_away(scope: Scope, receive: Receive, send: Send, error: InputErr
     else:
         response = PlainTextResponse("sign in first\n" if status != 503 else "the accounts can't be reached\n", status)
     await response(scope, receive, send)
+
+
+def _is_shared(scope: Scope) -> bool:
+    return scope["type"] == "http" and scope["method"] in {"GET", "HEAD"} and _is_under(scope["path"], (SHARED_PAGES,))
 
 
 def _is_under(path: str, starts: tuple[str, ...]) -> bool:

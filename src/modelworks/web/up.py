@@ -7,6 +7,7 @@ never write to one database. At the end the runs that this server began are aske
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import json
 import os
 import signal
@@ -26,6 +27,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from modelworks.assistant.retention import keep
 from modelworks.launch import local
+from modelworks.serve.download import offer
 from modelworks.serve.llamacpp import EngineSettings
 from modelworks.spec.errors import InputError, OperationError
 from modelworks.spec.files import loads_run
@@ -48,6 +50,7 @@ def up(
     console: Console,
     hosts: Collection[str] = (),
     config_file: Path | None = None,
+    titles: bool = True,
 ) -> None:
     """Start everything and stay until Ctrl-C or SIGTERM.
 
@@ -63,6 +66,8 @@ def up(
         Names that browsers may call it by, beside those of `modelworks.serve.origin`.
     config_file
         The engines that answer instead of the one inside this process.
+    titles
+        Whether models give conversations their titles.
 
     Raises
     ------
@@ -74,7 +79,8 @@ def up(
     with hold_home() as announce:
         listener = listen(host, port)
         announce(url_of(listener))
-        server = build(_settings(first_run), hosts=hosts, config_file=config_file)
+        own = ipaddress.ip_address(listener.getsockname()[0]).is_loopback
+        server = build(_settings(first_run), hosts=hosts, config_file=config_file, titles=titles, any_folder=own)
         chores = []
         if config_file is not None and server.services.access is None:  # with users, the accounts do it
             chores.append(keep(server.services.assistant.store.database, config_file))
@@ -192,7 +198,7 @@ async def _serve(
 
 
 async def _first_model(services: Services, console: Console) -> None:
-    """Fetch the model to begin with, if it isn't here, and have it ready before anyone asks."""
+    """Fetch the model to begin with, if it isn't here, and have it and its adapters ready before anyone asks."""
     if FIRST_MODEL not in {model.name for model in services.store.list()}:
         pull = services.pull(FIRST_MODEL)
         columns = [TextColumn("Fetching {task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()]
@@ -204,6 +210,10 @@ async def _first_model(services: Services, console: Console) -> None:
         if pull.error:
             console.print(f"[yellow]{FIRST_MODEL} could not be fetched:[/yellow] {pull.error}", soft_wrap=True)
             return
+    try:
+        await asyncio.to_thread(offer, services.store)
+    except (InputError, OperationError) as error:
+        console.print(f"[yellow]{FIRST_MODEL} stays without its character:[/yellow] {error}", soft_wrap=True)
     try:
         await services.engine.load(FIRST_MODEL)
     except (InputError, OperationError) as error:
