@@ -9,12 +9,14 @@ CHECK ?=
 # One benchmark by its name in benchmarks/, such as BENCH=train_throughput; all of them if empty.
 BENCH ?=
 PYTEST_ARGS ?=
+# How many tests run at once: one for each of CI's cores.
+WORKERS ?= 2
 
 .PHONY: up test check format docs bench clean help
 
 help:
 	@echo 'make up [CHECK=1] [PORT=8080]  installs, and starts the web app; CHECK=1 walks the whole line headless'
-	@echo 'make test                      runs every test'
+	@echo 'make test [WORKERS=2]          runs every test'
 	@echo 'make check                     formatting, lint, types, import contracts'
 	@echo 'make format                    formats the code and mends what the linter can'
 	@echo 'make docs                      builds the documentation into site/'
@@ -24,7 +26,7 @@ up: $(VENV)/.installed-all
 	$(BIN)/modelworks up $(if $(CHECK),--check) $(if $(PORT),--port $(PORT))
 
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

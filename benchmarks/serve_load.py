@@ -43,6 +43,8 @@ import psutil
 _STUB = Path(__file__).parents[1] / "tests" / "serve" / "stub_engine.py"
 _TOKEN = re.compile(rb'"content": ?"(\d+)@(\d+) "')
 _WARM_UP_S = 3.0
+_GRACE_S = 10.0
+"""How much later than it is due an answer may end."""
 
 
 class Chat(asyncio.Protocol):
@@ -88,6 +90,13 @@ class Chat(asyncio.Protocol):
             else:
                 self._transport.close()
 
+    def leave(self) -> None:
+        """End an answer that has not come to its end in time."""
+        if not self.finished.done():
+            self._load.unfinished += 1
+            self._next = 0
+            self._transport.close()
+
     def connection_lost(self, error: Exception | None) -> None:
         """The end, or something wrong."""
         if not self.finished.done():
@@ -108,7 +117,7 @@ class Load:
         head += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
         self.request = head.encode() + content
         self.delays, self.gaps = array("f"), array("f")
-        self.answers = self.misplaced = self.broken = 0
+        self.answers = self.misplaced = self.broken = self.unfinished = 0
         self.in_time = 0
         self.until, self.until_ns = 0.0, 0
         self.measure_from_ns = 0
@@ -125,6 +134,11 @@ class Load:
             chats.append(chat)
             await asyncio.sleep(1 / streams)  # so that tokens don't come in step
         watching = asyncio.create_task(_watch(process, self.until))
+        # A gateway that can't keep up has so much to catch up on that its answers would take minutes to end.
+        longest_s = self.until - time.monotonic() + self.tokens / self.rate + _GRACE_S
+        await asyncio.wait([chat.finished for chat in chats], timeout=longest_s)
+        for chat in chats:
+            chat.leave()
         await asyncio.gather(*(chat.finished for chat in chats))
         memory, cpu = await watching
         delays, gaps = np.frombuffer(self.delays, np.float32), np.frombuffer(self.gaps, np.float32)
@@ -133,6 +147,7 @@ class Load:
             "answers": self.answers,
             "lost_or_reordered": self.misplaced,
             "broken": self.broken,
+            "unfinished": self.unfinished,
             "delay_ms": _spread(delays),
             "gap_ms": _spread(gaps),
         }
@@ -175,6 +190,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         config = Path(folder) / "serve.toml"
         config.write_text(f'[engines.stub]\nurl = "http://127.0.0.1:{port}/v1"\nconcurrency = 100_000\n')
         command = [sys.executable, "-m", "modelworks", "serve", "--config", str(config), "--port", "0"]
+        command += ["--workers", str(options.workers)]
         results: dict[str, Any] = {}
 
         def run(name: str, url: str, pid: int | None, key: str = "none", model: str = "stub") -> None:
@@ -272,6 +288,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--rate", type=float, default=50.0, help="tokens per second of each stream")
     parser.add_argument("--answer-seconds", type=float, default=10.0, help="length of each answer")
+    parser.add_argument("--workers", type=int, default=1, help="processes of the gateway")
     parser.add_argument("--stub-port", type=int, default=0)
     parser.add_argument("--litellm", type=Path, metavar="EXECUTABLE", help="LiteLLM's, to be measured as well")
     parser.add_argument("--beside", metavar="NAME=URL", help="another gateway on the same stub, by its base URL")

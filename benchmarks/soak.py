@@ -160,6 +160,7 @@ class Run:
                 raise SystemExit(f"the run did not get on within {patience_s:.0f} s: {self.words()}")
             time.sleep(_LOOK_S)
             self._look()
+        self._look()
 
     def words(self) -> str:
         """The last that it printed."""
@@ -184,6 +185,8 @@ class Injector:
         self._draw, self._every_s, self.resumes = random.Random(seed), every_s, 0
         self._begun = 0.0
         self._damaged: set[int] = set()
+        self._struck: set[int] = set()
+        """Processes that will be gone once the run has noticed."""
 
     def strike_for(self, seconds: float) -> float:
         """Train for so long, and then until the run has recovered; returns seconds from the first step on."""
@@ -229,6 +232,8 @@ class Injector:
             getattr(self, f"_{kind}")(fault, workers.get(rank) if rank is not None else None)
         except psutil.NoSuchProcess:
             return  # It has just ended by itself: nothing was done to it.
+        if kind != "slow":
+            self._struck |= {one.pid for one in workers.values()}
         self.faults.append(fault)
 
     def _wait_for_save(self) -> bool:
@@ -302,6 +307,11 @@ class Injector:
             if self.run.ended:
                 self.resumes += 1
                 self.run.start()
+            if self._struck & {one.pid for one in self.run.workers().values()}:
+                return False
+            if self._struck and self.run.went_back_to is None:  # They may have logged the step that they were in.
+                self.run.floor = self.run.step
+            self._struck = set()
             return self.run.step > self.run.floor
 
         self.run.wait(onward)
@@ -470,6 +480,8 @@ def soak(minutes: float, processes: int, every_s: float, seed: int, say: Callabl
                 run.process.send_signal(signal.SIGTERM)  # type: ignore[union-attr]
                 run.wait(lambda: run.ended)
                 code, elapsed_s = run.process.returncode, injector._now  # type: ignore[union-attr]
+                if code:
+                    say(f"after SIGTERM it ended with {code}: {run.words()}")
             finally:
                 run.close()
             last = RunRecord(run.folder).checkpoints()[-1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,11 +15,7 @@ from modelworks.spec import InputError, loads_run
 RUN = (
     'name = "{name}"\nmodel = "llama-3.1-8b"\ncluster = {{preset = "h100-superpod", gpus = 16, device = "{device}"}}\n'
 )
-
-
-def modelworks(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "modelworks", *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+Typed = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def test_a_model_on_a_cluster_gets_usual_numbers_where_none_are_given() -> None:
@@ -76,52 +72,50 @@ def test_a_hugging_face_config_is_a_model(tmp_path: Path) -> None:
         (("--compare", "missing.toml", "missing.toml"), "the run spec missing.toml cannot be read"),
     ],
 )
-def test_bad_input_is_one_clear_sentence(words: tuple[str, ...], sentence: str) -> None:
-    done = modelworks("plan", *words)
+def test_bad_input_is_one_clear_sentence(typed: Typed, words: tuple[str, ...], sentence: str) -> None:
+    done = typed("plan", *words)
     assert done.returncode == 2, done.stderr
     assert sentence in done.stderr
     assert done.stderr.strip().count("\n") == 0
 
 
-def test_the_command_plans_a_file_compares_two_and_writes_flags(tmp_path: Path) -> None:
+def test_the_command_plans_a_file_compares_two_and_writes_flags(typed: Typed, tmp_path: Path) -> None:
     for name, device in (("hopper", "h100-sxm"), ("blackwell", "b200")):
         (tmp_path / f"{name}.toml").write_text(RUN.format(name=name, device=device))
-    one = modelworks("plan", str(tmp_path / "hopper.toml"), "--json", "--top", "1")
+    one = typed("plan", str(tmp_path / "hopper.toml"), "--json", "--top", "1")
     assert one.returncode == 0, one.stderr
     planned = json.loads(one.stdout)
     assert (planned["name"], planned["device"], planned["devices"]) == ("hopper", "h100-sxm", 16)
     assert len(planned["alternatives"]) == 1
-    both = modelworks("plan", "--compare", str(tmp_path / "hopper.toml"), str(tmp_path / "blackwell.toml"), "--json")
+    both = typed("plan", "--compare", str(tmp_path / "hopper.toml"), str(tmp_path / "blackwell.toml"), "--json")
     assert both.returncode == 0, both.stderr
     compared = json.loads(both.stdout)
     assert [plan["device"] for plan in compared["plans"]] == ["h100-sxm", "b200"]
     assert compared["ratios_to_first"][0]["step_time_s"] == 1.0
     assert compared["ratios_to_first"][1]["step_time_s"] < 1.0
-    flags = modelworks("plan", str(tmp_path / "hopper.toml"), "--emit", "megatron")
+    flags = typed("plan", str(tmp_path / "hopper.toml"), "--emit", "megatron")
     assert flags.returncode == 0, flags.stderr
     assert "--tensor-model-parallel-size" in flags.stdout
-    ours = modelworks("plan", str(tmp_path / "hopper.toml"), "--emit", "modelworks")
+    ours = typed("plan", str(tmp_path / "hopper.toml"), "--emit", "modelworks")
     assert loads_run(ours.stdout).cluster.gpus == 16
 
 
-def test_tables_are_printed_for_people(tmp_path: Path) -> None:
+def test_tables_are_printed_for_people(typed: Typed, tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text(RUN.format(name="x", device="h100-sxm"))
-    shown = modelworks("plan", str(tmp_path / "run.toml"))
+    shown = typed("plan", str(tmp_path / "run.toml"))
     assert shown.returncode == 0, shown.stderr
     assert "MFU" in shown.stdout
-    spent = modelworks("plan", "--power", "15MW")
+    spent = typed("plan", "--power", "15MW")
     assert spent.returncode == 0, spent.stderr
     assert "besiroglu-2024" in spent.stdout
 
 
-def test_planning_needs_none_of_the_heavy_parts() -> None:
+def test_planning_needs_none_of_the_heavy_parts(loaded: Callable[..., list[str]]) -> None:
     code = (
-        "import sys; from modelworks.plan_command import run_of; from modelworks.plan.planner import plan;"
-        "plan(run_of(None, [], model='llama-3.1-8b', gpus=8));"
-        "print([name for name in ('torch', 'pandas', 'scipy', 'nicegui', 'transformers') if name in sys.modules])"
+        "from modelworks.plan_command import run_of; from modelworks.plan.planner import plan;"
+        "plan(run_of(None, [], model='llama-3.1-8b', gpus=8))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
-    assert done.stdout.strip() == "[]", done.stderr
+    assert loaded(code, "torch", "pandas", "scipy", "nicegui", "transformers") == []
 
 
 def test_a_described_run_is_a_whole_one() -> None:

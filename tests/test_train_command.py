@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+from modelworks.model import checkpoint
 from modelworks.plan.ranking import ranked
 from modelworks.plan.step import REASONS
 from modelworks.spec.errors import InputError, OperationError
@@ -14,10 +17,10 @@ from modelworks.spec.files import device_spec, dumps, run_from
 from modelworks.spec.home import runs_folder
 from modelworks.spec.run import RunSpec
 from modelworks.train.layout import layout
-from modelworks.train.loop import refuse_unsupported
 from modelworks.train.record import RunRecord
+from modelworks.train.refusals import refuse_unsupported
 from modelworks.train.waits import MEASURED
-from modelworks.train_command import _PLANNED, LAID_OUT, compare, with_layout
+from modelworks.train_command import _PLANNED, LAID_OUT, _last_commit, compare, with_layout
 
 TOKENS_PER_STEP = 512 * 32
 
@@ -148,3 +151,23 @@ def test_measured_reasons_stand_beside_the_planned_ones(run: Path) -> None:
         sum(plan["best"]["reasons"].values())
     )
     assert compared["optimizer"]["ratio"] == pytest.approx(0.5 / plan["best"]["reasons"]["optimizer"])
+
+
+def test_a_checkpoint_of_an_earlier_step_is_progress_where_a_later_one_is_damaged(run: Path) -> None:
+    record = RunRecord("compared")
+    before = _last_commit(record)
+    for step in (40, 20):
+        checkpoint.save(run, step, {"model.one": torch.zeros(1)}, {})
+        after = _last_commit(record)
+        assert after > before
+        before = after
+
+
+def test_the_process_that_holds_a_run_starts_without_what_only_its_workers_need(
+    loaded: Callable[..., list[str]],
+) -> None:
+    code = (
+        "import modelworks.train_command, modelworks.train.preparing, modelworks.train.result\n"
+        "import modelworks.launch.elastic, modelworks.launch.meeting"
+    )
+    assert loaded(code, "torch._dynamo", "torch.distributed.tensor") == []

@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from modelworks import __version__
 from modelworks.account_command import backup, keys_app, prune, restore, tiers_app, usage, users_app
+from modelworks.data_command import data_app
 from modelworks.eval_command import evaluate_model
 from modelworks.spec.errors import InputError, OperationError
 
@@ -39,6 +41,7 @@ spec_app = typer.Typer(help="Show specs and the catalog's facts.", no_args_is_he
 app.add_typer(runs_app, name="runs")
 app.add_typer(models_app, name="models")
 app.add_typer(import_app, name="import")
+app.add_typer(data_app, name="data")
 app.add_typer(users_app, name="users")
 app.add_typer(keys_app, name="keys")
 app.add_typer(tiers_app, name="tiers")
@@ -521,7 +524,9 @@ def _with_progress(work: Callable[[Callable[[str, int, int], None]], Result]) ->
 @app.command()
 def release(
     run: RunName,
-    to: Annotated[str, typer.Option(help="safetensors, gguf or both, with a comma between.")] = "safetensors,gguf",
+    to: Annotated[
+        str, typer.Option(help="safetensors, gguf; of an adapter also peft, gguf-adapter; with commas between.")
+    ] = "safetensors,gguf",
     quantize: Annotated[str | None, typer.Option(help="f32, f16, bf16, q8_0, q4_k; with commas between.")] = None,
     layout: Annotated[str, typer.Option(help="Names of Grok-1's tensors: sglang, or vllm (up to 0.24).")] = "sglang",
     dtype: WeightType = "float32",
@@ -533,7 +538,7 @@ def release(
     """
     from modelworks.release.package import release_run
     from modelworks.train.record import RunRecord
-    from modelworks.train_command import offer
+    from modelworks.train_command import offer, offer_adapter
 
     if layout not in ("sglang", "vllm"):
         raise InputError(f"--layout {layout} is not accepted: sglang or vllm is")
@@ -543,7 +548,9 @@ def release(
         lambda progress: release_run(record.folder, to.split(","), kinds, progress, dtype=dtype, vllm=layout == "vllm")
     )
     if result.gguf is not None:
-        offer(record.spec(), result.gguf)
+        offer(record.spec(), result.gguf, result.eyes)
+    elif result.adapter is not None and (name := offer_adapter(record.spec(), result.adapter)) is not None:
+        Console(stderr=True).print(f"talk to it: modelworks chat {name}", highlight=False)
     if as_json:
         verification = {name: found.as_dict() for name, found in result.verification.items()}
         print(json.dumps({"folder": str(result.folder), "files": sorted(result.files), "verification": verification}))
@@ -719,6 +726,30 @@ def _pulled(name: str, quiet: bool = False) -> Any:
         return Store().pull(name, lambda done, total: bar.update(task, completed=done, total=total))
 
 
+@models_app.command("add")
+def _models_add(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The name that requests ask for it by.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE.gguf", help="A model as llama.cpp takes it.")],
+    eyes: Annotated[Path | None, typer.Option(metavar="MMPROJ.gguf", help="Its vision tower and connector.")] = None,
+    license_name: Annotated[str, typer.Option("--license", help="What its weights may be used for.")] = "unknown",
+    as_json: JsonFlag = False,
+) -> None:
+    """Store a GGUF file to be served, with the eyes of a model that sees images.
+
+    Example: [bold]modelworks models add smolvlm out/smolvlm-q8_0.gguf --eyes out/mmproj-smolvlm-q8_0.gguf[/bold]
+    """
+    from modelworks.serve.store import Store
+
+    model = Store().add(name, file, source=f"the file {file.name}", license=license_name, eyes=eyes)
+    if as_json:
+        print(json.dumps(vars(model), indent=1))
+    else:
+        sees = " that sees images" if model.eyes_bytes else ""
+        console.print(
+            f"{model.name} is here: a model{sees} of {model.bytes + model.eyes_bytes:,} bytes", highlight=False
+        )
+
+
 @models_app.command("adapt")
 def _models_adapt(
     name: Annotated[str, typer.Argument(metavar="NAME", help="The name that requests ask for it by.")],
@@ -788,6 +819,12 @@ def _serve(
     workers: Annotated[
         int, typer.Option(min=1, max=256, help="Processes that answer; several need --config and engines elsewhere.")
     ] = 1,
+    grpc_port: Annotated[
+        int | None,
+        typer.Option(
+            min=0, max=65535, help="Answer xAI's package xai-sdk here as well, over gRPC; 0 takes a free one."
+        ),
+    ] = None,
 ) -> None:
     """Serve models over an OpenAI-compatible API: the stored ones, or with --config those of any engines.
 
@@ -812,14 +849,14 @@ def _serve(
             raise InputError(
                 f"--workers {workers} is not accepted without --config FILE: llama.cpp answers in one process"
             )
-        _serve_by_workers(config, workers, host, port, allow_host or [], log)
+        _serve_by_workers(config, workers, host, port, allow_host or [], log, grpc_port)
         return
     if log is not None:
         log_to(log)
     access = access_if_wanted(config)
     routers = [account_routes(access), administration_routes(access)] if access else []
     storage = DatabaseStorage(access.accounts.database if access else None)
-    shared: dict[str, Any] = {"access": access, "storage": storage, "routers": routers}
+    shared: dict[str, Any] = {"access": access, "storage": storage, "routers": routers, "grpc_port": grpc_port}
     if config is not None:
         gateway(config, Store(), host=host, port=port, hosts=allow_host or [], **shared)
         return
@@ -828,7 +865,9 @@ def _serve(
     serve(store, model, settings, host=host, port=port, hosts=allow_host or [], **shared)
 
 
-def _serve_by_workers(config: Path, workers: int, host: str, port: int, hosts: list[str], log: str | None) -> None:
+def _serve_by_workers(
+    config: Path, workers: int, host: str, port: int, hosts: list[str], log: str | None, grpc_port: int | None
+) -> None:
     from modelworks.assistant.gateway import access_if_wanted
     from modelworks.serve.log import log_to
     from modelworks.serve.workers import run_workers
@@ -847,6 +886,7 @@ def _serve_by_workers(config: Path, workers: int, host: str, port: int, hosts: l
         hosts=hosts,
         log=log,
         keys=access is not None,
+        grpc_port=grpc_port,
     )
 
 
@@ -895,6 +935,9 @@ def _up(
     port: Annotated[int, typer.Option(help="Where to listen; 0 takes a free port.")] = 8080,
     host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 lets others in.")] = "127.0.0.1",
     no_run: Annotated[bool, typer.Option("--no-run", help="Don't train the first run in the background.")] = False,
+    no_titles: Annotated[
+        bool, typer.Option("--no-titles", help="Don't ask models for the conversations' titles; first lines are.")
+    ] = False,
     allow_host: HostNames = None,
     config: Annotated[
         Path | None,
@@ -929,7 +972,7 @@ def _up(
         return
     from modelworks.web.up import up
 
-    up(host, port, not no_run, console, allow_host or [], config)
+    up(host, port, not no_run, console, allow_host or [], config, not no_titles)
 
 
 def main() -> None:
@@ -937,10 +980,10 @@ def main() -> None:
     try:
         app()
     except InputError as error:
-        Console(stderr=True).print(f"[red]error:[/red] {error}", soft_wrap=True, highlight=False)
+        Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True, highlight=False)
         sys.exit(2)
     except OperationError as error:
-        Console(stderr=True).print(f"[red]failed:[/red] {error}", soft_wrap=True, highlight=False)
+        Console(stderr=True).print(f"[red]failed:[/red] {escape(str(error))}", soft_wrap=True, highlight=False)
         sys.exit(1)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("modelworks"):

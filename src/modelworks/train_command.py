@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from modelworks.launch.elastic import Failure, Processes
     from modelworks.launch.meeting import Meeting
     from modelworks.train.copies import Copies
-    from modelworks.train.loop import TrainResult
+    from modelworks.train.result import TrainResult
+    from modelworks.train.rollouts import Sampler
     from modelworks.train.view import View
 
 logger = logging.getLogger(__name__)
@@ -74,7 +75,8 @@ def train_and_release(
         if spec.cluster.gpus == 1:
             from modelworks.train.loop import train
 
-            result = train(session, view)
+            with contextlib.ExitStack() as stack:
+                result = train(session, view, sampler=_sampler(session, spec, stack))
         else:
             result = train_in_processes(session, view, meeting)
         if copies is not None:
@@ -94,7 +96,11 @@ def train_and_release(
 
 
 def _refuse_beginning(spec: RunSpec) -> None:
-    """Refuse weights that the run can't begin with before its folder is made."""
+    """Refuse weights that the run can't begin with, and an engine that doesn't load it, before its folder is made."""
+    if spec.train.objective == "grpo" and spec.grpo.engine == "llama.cpp":
+        from modelworks.rollout_engine import refuse_unloadable
+
+        refuse_unloadable(spec)
     if spec.train.init_from is not None:
         from modelworks.release.beginning import refuse_beginning
 
@@ -103,12 +109,23 @@ def _refuse_beginning(spec: RunSpec) -> None:
 
 def _bring_weights(session: RunSession, spec: RunSpec) -> None:
     """Put the weights that the run begins with into its folder, unless it is past its beginning."""
-    if spec.train.init_from is None or any((session.folder / "checkpoints").glob("step-*")):
+    past = any((session.folder / "checkpoints").glob("step-*"))
+    # A checkpoint holds an adapter alone: what it adapts is needed again where the folder doesn't have it any more.
+    if spec.train.init_from is None or (past and (spec.adapter is None or (session.folder / "initial").is_dir())):
         return
     from modelworks.release.beginning import bring_weights
 
     session.report(message=f"bringing the weights of {spec.train.init_from}")
     bring_weights(spec, session.folder)
+
+
+def _sampler(session: RunSession, spec: RunSpec, stack: contextlib.ExitStack) -> Sampler | None:
+    """The serving engine, where it draws the network's replies; closed with the stack."""
+    if spec.train.objective != "grpo" or spec.grpo.engine != "llama.cpp":
+        return None
+    from modelworks.rollout_engine import EngineSampler
+
+    return stack.enter_context(contextlib.closing(EngineSampler(spec, session.folder)))
 
 
 def _copies(spec: RunSpec, resume: bool, say: Say) -> Copies | None:
@@ -138,7 +155,9 @@ def train_in_processes(session: RunSession, view: View, meeting: Meeting | None 
     Interrupted
         If a signal ended the work before it could be saved.
     """
-    from modelworks.train.loop import TrainResult, prepare_data, refuse_unsupported
+    from modelworks.train.preparing import prepare_data
+    from modelworks.train.refusals import refuse_unsupported
+    from modelworks.train.result import TrainResult
 
     record, interrupt = RunRecord(session.folder), session.interrupt
     refuse_unsupported(session.spec, session.spec.cluster.gpus)
@@ -197,7 +216,7 @@ def attend(
             count,
             logs,
             FINAL_CODES,
-            lambda: _newest_step(record),
+            lambda: _last_commit(record),
             Watchdog(Path(pulses), count, limit_s(spec.guard.hang)),
             meeting,
             preload=PRELOADED,
@@ -235,8 +254,13 @@ def _end_of(failure: Failure | None, status: Status) -> InputError | OperationEr
     return LostError(f"{failure}; its output is in the run's folder, in processes")
 
 
-def _newest_step(record: RunRecord) -> float:
-    return float(max((int(path.name.removeprefix("step-")) for path in record.checkpoints()), default=-1))
+def _last_commit(record: RunRecord) -> float:
+    """When the last checkpoint was committed. Its step says less: one that is damaged may be of a later step."""
+    times = [0.0]
+    for path in record.checkpoints():
+        with contextlib.suppress(FileNotFoundError):  # it has just been rotated away
+            times.append(path.stat().st_mtime)
+    return max(times)
 
 
 def release(folder: Path, spec: RunSpec, say: Say) -> dict[str, Any]:
@@ -247,16 +271,43 @@ def release(folder: Path, spec: RunSpec, say: Say) -> dict[str, Any]:
     packages = release_run(folder, to=list(spec.release.to), quantize=list(spec.release.quantize))
     served_as = None
     if packages.gguf is not None:
-        served_as = offer(spec, packages.gguf)
+        served_as = offer(spec, packages.gguf, packages.eyes)
+    elif packages.adapter is not None:
+        served_as = offer_adapter(spec, packages.adapter)
     return {"files": {kind: str(path) for kind, path in packages.files.items()}, "served_as": served_as}
 
 
-def offer(spec: RunSpec, gguf: Path) -> str:
-    """Store a run's GGUF file among the models that can be talked to; returns its name there, which is the run's."""
+def offer(spec: RunSpec, gguf: Path, eyes: Path | None = None) -> str:
+    """Store a run's GGUF file, and its eyes', among the models that can be talked to; returns its name there, which is
+    the run's."""
     from modelworks.serve.store import Store
 
-    source = f"run {spec.name}"
-    return Store().add(spec.name, gguf, source=source, license=spec.release.license, context=spec.model.context).name
+    source, context = f"run {spec.name}", spec.model.context
+    return Store().add(spec.name, gguf, source=source, license=spec.release.license, context=context, eyes=eyes).name
+
+
+def offer_adapter(spec: RunSpec, gguf: Path) -> str | None:
+    """Store a run's adapter under its name, where the model that it was trained on is stored; returns that name."""
+    from modelworks.serve.store import Store
+
+    store = Store()
+    base = _stored_base(
+        spec.train.init_from or "", {model.name: model.bytes for model in store.list() if not model.adapts}
+    )
+    if base is None:
+        return None
+    source = f"run {spec.name}, an adapter of {base}"
+    return store.add_adapter(spec.name, gguf, base, source=source, license=spec.release.license).name
+
+
+def _stored_base(init_from: str, stored: dict[str, int]) -> str | None:
+    """The stored model whose file was imported as the weights that a run began with."""
+    try:
+        source = json.loads((Path(init_from).expanduser() / "manifest.json").read_text(encoding="utf-8"))["source"]
+        files = dict(source["files"]) if source["kind"] == "gguf" else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return next((name for name, size in stored.items() if files == {f"{name}.gguf": size}), None)
 
 
 def compare(record: RunRecord) -> dict[str, Any]:
@@ -406,7 +457,7 @@ def with_layout(spec: RunSpec, resume: bool = False, device: str = "local") -> R
     """
     from modelworks.plan.ranking import ranked
     from modelworks.train.layout import layout
-    from modelworks.train.loop import refuse_unsupported
+    from modelworks.train.refusals import refuse_unsupported
 
     processes = spec.cluster.gpus
     if processes == 1 or "auto" not in (getattr(spec.parallel, name) for name in LAID_OUT):
@@ -429,7 +480,7 @@ def with_layout(spec: RunSpec, resume: bool = False, device: str = "local") -> R
 
 
 def _accepted(spec: RunSpec) -> bool:
-    from modelworks.train.loop import refuse_unsupported
+    from modelworks.train.refusals import refuse_unsupported
 
     try:
         refuse_unsupported(spec, spec.cluster.gpus)

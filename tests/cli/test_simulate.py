@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,12 +15,21 @@ EXAMPLES = Path(__file__).parents[2] / "examples" / "simulate"
 CLUSTER = ["--cluster", "colossus-100k", "--gpus", "4096", "--days", "5", "--samples", "20"]
 
 
-def simulate(*words: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "modelworks", "simulate", *map(str, words)]
+Ended = subprocess.CompletedProcess[str]
+Simulate = Callable[..., Ended]
+
+
+@pytest.fixture
+def simulate(typed: Callable[..., Ended]) -> Simulate:
+    return functools.partial(typed, "simulate")
+
+
+def as_a_process(*words: str) -> Ended:
+    command = [sys.executable, "-m", "modelworks", "simulate", *words]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
 
 
-def test_the_json_keys_are_the_contract() -> None:
+def test_the_json_keys_are_the_contract(simulate: Simulate) -> None:
     done = simulate(*CLUSTER, "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -34,10 +45,12 @@ def test_the_json_keys_are_the_contract() -> None:
 
 
 def test_the_same_command_gives_the_same_answer() -> None:
-    assert simulate(*CLUSTER, "--seed", "7", "--json").stdout == simulate(*CLUSTER, "--seed", "7", "--json").stdout
+    assert (
+        as_a_process(*CLUSTER, "--seed", "7", "--json").stdout == as_a_process(*CLUSTER, "--seed", "7", "--json").stdout
+    )
 
 
-def test_a_run_with_tokens_says_when_they_are_done() -> None:
+def test_a_run_with_tokens_says_when_they_are_done(simulate: Simulate) -> None:
     done = simulate(EXAMPLES / "grok-2-on-20k-h100.toml", "--samples", "20", "--json")
     found = json.loads(done.stdout)
     days = found["days_to_finish"]
@@ -48,7 +61,7 @@ def test_a_run_with_tokens_says_when_they_are_done() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.toml")), ids=lambda path: path.stem)
-def test_an_example_can_be_simulated(example: Path) -> None:
+def test_an_example_can_be_simulated(simulate: Simulate, example: Path) -> None:
     done = simulate(example, "--samples", "2", "--set", "simulate.samples=2", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -57,13 +70,13 @@ def test_an_example_can_be_simulated(example: Path) -> None:
     assert ("comparison" in found) == (example.stem in {"h100-now-or-b200-later", "autumn-2025"})
 
 
-def test_the_step_can_be_given_instead_of_planned() -> None:
+def test_the_step_can_be_given_instead_of_planned(simulate: Simulate) -> None:
     found = json.loads(simulate(*CLUSTER, "--step-time", "5s", "--tokens-per-step", "4M", "--json").stdout)
     assert found["step_time_s"] == 5.0
     assert found["tokens_per_day"] == pytest.approx(4e6 / 5 * 86400 * found["ettr"]["mean"])
 
 
-def test_page_and_trace_are_written_and_named(tmp_path: Path) -> None:
+def test_page_and_trace_are_written_and_named(simulate: Simulate, tmp_path: Path) -> None:
     page, trace = tmp_path / "page.html", tmp_path / "trace.jsonl"
     done = simulate(*CLUSTER, "--html", page, "--trace", trace, "--json")
     assert done.returncode == 0, done.stderr
@@ -73,21 +86,21 @@ def test_page_and_trace_are_written_and_named(tmp_path: Path) -> None:
     assert sorted(tmp_path.iterdir()) == [page, trace]
 
 
-def test_a_folder_that_cannot_be_written_fails_with_a_sentence() -> None:
+def test_a_folder_that_cannot_be_written_fails_with_a_sentence(simulate: Simulate) -> None:
     done = simulate(*CLUSTER, "--trace", "/proc/none/trace.jsonl")
     assert done.returncode == 1
     assert "failed:" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_a_sweep_has_a_row_for_each_value() -> None:
+def test_a_sweep_has_a_row_for_each_value(simulate: Simulate) -> None:
     done = simulate(*CLUSTER, "--sweep", "checkpoint.every=1min..60min:4", "--json")
     rows = json.loads(done.stdout)["sweep"]
     assert [row["values"]["checkpoint.every"] for row in rows] == pytest.approx([60, 234.892, 919.524, 3600], rel=1e-4)
     assert rows[0]["ettr"]["mean"] > rows[-1]["ettr"]["mean"]
 
 
-def test_the_report_for_people_names_what_it_found() -> None:
+def test_the_report_for_people_names_what_it_found(simulate: Simulate) -> None:
     done = simulate(*CLUSTER, "--top500", "--tornado")
     assert done.returncode == 0, done.stderr
     for word in (
@@ -101,7 +114,7 @@ def test_the_report_for_people_names_what_it_found() -> None:
         assert word in done.stdout
 
 
-def test_two_runs_are_compared() -> None:
+def test_two_runs_are_compared(simulate: Simulate) -> None:
     files = [EXAMPLES / "grok-2-on-20k-h100.toml", "--compare", EXAMPLES / "six-billion-dollars.toml"]
     found = json.loads(simulate(*files, "--samples", "5", "--json").stdout)["comparison"]
     assert len(found["machines"]) == 2
@@ -110,7 +123,7 @@ def test_two_runs_are_compared() -> None:
 
 
 @pytest.mark.parametrize("gpus", ["1", "8", "64", "1016"])
-def test_a_small_cluster_gets_a_model_that_suits_it(gpus: str) -> None:
+def test_a_small_cluster_gets_a_model_that_suits_it(simulate: Simulate, gpus: str) -> None:
     cluster = "h100-superpod" if gpus != "1" else "local"
     done = simulate("--cluster", cluster, "--gpus", gpus, "--days", "3", "--samples", "3", "--json")
     assert done.returncode == 0, done.stderr
@@ -132,7 +145,7 @@ def test_a_small_cluster_gets_a_model_that_suits_it(gpus: str) -> None:
         (["missing.toml", "--cluster", "colossus-100k"], "give either RUN.toml or --cluster"),
     ],
 )
-def test_bad_input_is_one_sentence_and_exit_code_2(words: list[str], sentence: str) -> None:
+def test_bad_input_is_one_sentence_and_exit_code_2(simulate: Simulate, words: list[str], sentence: str) -> None:
     done = simulate(*words)
     if not sentence:
         assert done.returncode == 2  # 5 s is shorter than a checkpoint can be written

@@ -32,7 +32,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def make_run(home: Path, words: Path) -> MakeRun:
+def make_run(measured_home: Path, words: Path) -> MakeRun:
     """A run of two processes and so many steps; `launch` is its section."""
 
     def make(name: str, steps: int, launch: dict[str, Any] | None = None, **sections: dict[str, Any]) -> RunSpec:
@@ -53,7 +53,7 @@ def make_run(home: Path, words: Path) -> MakeRun:
                 "tokens": steps * 4 * 32,
                 "seq_len": 32,
                 "global_batch": 4,
-                "micro_batch": 1,
+                "micro_batch": 2,
                 "precision": "fp32",
                 "validate_every": 0,
                 "validation_tokens": 512,

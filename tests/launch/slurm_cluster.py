@@ -44,7 +44,7 @@ SelectTypeParameters=CR_Core
 SchedulerParameters=sched_interval=2,bf_interval=5
 EnforcePartLimits=ALL
 ReturnToService=2
-SlurmdTimeout=15
+SlurmdTimeout=8
 MessageTimeout=60
 KillWait=30
 StateSaveLocation={folder}/state

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from modelworks.launch.elastic import Processes
+from modelworks.train.worker import PRELOADED
 
 pytestmark = pytest.mark.slow
 SCRIPT = """
@@ -43,7 +44,8 @@ def run(tmp_path: Path) -> Iterator[Run]:
         script = tmp_path / "script.py"
         script.write_text(SCRIPT + code)
         assert sys.executable
-        work = Processes([str(script), str(tmp_path)], 3, tmp_path / "logs", {2, 3}, progress, watch)
+        # What the other tests' processes need, which come from the same server.
+        work = Processes([str(script), str(tmp_path)], 3, tmp_path / "logs", {2, 3}, progress, watch, preload=PRELOADED)
         started.append(work)
         deadline = time.monotonic() + 90
         while not work.wait(0.1):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -204,10 +203,11 @@ def test_without_an_image_the_field_is_named() -> None:
         manifests(_run({"kubernetes": {}}))
 
 
-def test_a_dry_run_writes_the_manifests_to_a_file(home: Path, tmp_path: Path, write_run: Callable[..., Path]) -> None:
+def test_a_dry_run_writes_the_manifests_to_a_file(
+    typed: Callable[..., subprocess.CompletedProcess[str]], home: Path, tmp_path: Path, write_run: Callable[..., Path]
+) -> None:
     out = tmp_path / "big.yaml"
-    words = ["train", str(write_run(_run(LEAST))), "--on", "kubernetes", "--dry-run", "--out", str(out)]
-    done = subprocess.run([sys.executable, "-m", "modelworks", *words], capture_output=True, text=True)
+    done = typed("train", write_run(_run(LEAST)), "--on", "kubernetes", "--dry-run", "--out", out)
     assert done.returncode == 0, done.stderr
     run = _run(LEAST)
     assert list(yaml.safe_load_all(out.read_text())) == manifests(with_layout(run, device=run.cluster.device))

@@ -28,6 +28,7 @@ from modelworks.spec.run import RunSpec
 MakeRun = Callable[..., RunSpec]
 WriteRun = Callable[[RunSpec], Path]
 Modelworks = Callable[..., dict[str, Any]]
+Typed = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
@@ -97,7 +98,7 @@ def _events(run: str) -> dict[str, list[dict[str, Any]]]:
 def test_a_run_that_loses_a_node_is_requeued_and_ends_with_the_weights_of_an_undisturbed_one(
     cluster: SlurmCluster, make_run: MakeRun, write_run: WriteRun, modelworks: Modelworks
 ) -> None:
-    steps = 250
+    steps = 120
     submitted = modelworks("train", write_run(make_run("lost", steps)), "--on", "slurm", "--json")
     assert submitted["nodes"] == 2
     _wait_for(lambda: _step("lost") >= 20 and _saved("lost") >= 10, cluster, "lost")
@@ -128,7 +129,7 @@ def test_a_run_that_loses_a_node_is_requeued_and_ends_with_the_weights_of_an_und
 def test_a_job_that_is_told_to_go_saves_and_is_requeued_and_one_that_is_stopped_waits_to_be_resumed(
     cluster: SlurmCluster, make_run: MakeRun, write_run: WriteRun, modelworks: Modelworks
 ) -> None:
-    steps = 400
+    steps = 250
     path = write_run(make_run("told", steps, checkpoint={"every_steps": 100_000}))
     job = modelworks("train", path, "--on", "slurm", "--json")["job"]
     _wait_for(lambda: _step("told") >= 5, cluster, "told")
@@ -150,15 +151,15 @@ def test_a_job_that_is_told_to_go_saves_and_is_requeued_and_one_that_is_stopped_
     assert "slurm's job" in said
     _wait_for(lambda: _finished("told"), cluster, "told")
     assert [row["step"] for row in record_of("told").metrics()] == list(range(1, steps + 1))
-    _wait_for(lambda: "told finished after 400 steps" in record_of("told").log(), cluster, "told")
-    assert "told finished after 400 steps" in modelworks("runs", "log", "told")["text"]
+    _wait_for(lambda: "told finished after 250 steps" in record_of("told").log(), cluster, "told")
+    assert "told finished after 250 steps" in modelworks("runs", "log", "told")["text"]
 
 
 @pytest.mark.slow
 def test_a_node_whose_task_is_killed_in_two_attempts_is_left_out_of_the_third(
     cluster: SlurmCluster, make_run: MakeRun, write_run: WriteRun, modelworks: Modelworks
 ) -> None:
-    steps = 400
+    steps = 120
     modelworks("train", write_run(make_run("bad-node", steps)), "--on", "slurm", "--json")
     for wanted in (10, 25):
         _wait_for(
@@ -261,13 +262,9 @@ def test_words_in_a_spec_cannot_become_shell_commands(make_run: MakeRun, tmp_pat
     ],
 )
 def test_bad_options_are_one_sentence(
-    make_run: MakeRun, write_run: WriteRun, options: list[str], sentence: str
+    typed: Typed, make_run: MakeRun, write_run: WriteRun, options: list[str], sentence: str
 ) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "modelworks", "train", str(write_run(make_run("bad", 10, {"nodes": 1}))), *options],
-        capture_output=True,
-        text=True,
-    )
+    done = typed("train", write_run(make_run("bad", 10, {"nodes": 1})), *options)
     assert done.returncode == 2, done.stderr
     assert sentence in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr

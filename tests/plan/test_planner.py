@@ -12,7 +12,7 @@ from modelworks.plan.planner import Plan, candidate, plan, precisions, setting_f
 from modelworks.plan.step import evaluate
 from modelworks.spec import DeviceSpec, InputError, RunSpec, device_spec, loads_run
 from modelworks.spec.files import dumps
-from modelworks.train.loop import refuse_unsupported
+from modelworks.train.refusals import refuse_unsupported
 
 LLAMA = """
 name = "llama"

@@ -175,7 +175,6 @@ class _Driver:
         """Make attempts until the run has ended; returns the exit code."""
         import ray
 
-        signal.signal(signal.SIGTERM, lambda number, frame: self._stop.set())
         address = self._spec.launch.ray.address
         ray.init(
             address=None if address == "local" else address,
@@ -183,6 +182,8 @@ class _Driver:
             log_to_driver=False,
             configure_logging=False,
         )
+        # Not before, since Ray puts a handler of its own in its place, which ends the process at once.
+        signal.signal(signal.SIGTERM, lambda number, frame: self._stop.set())
         number = 0
         try:
             while True:
