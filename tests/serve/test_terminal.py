@@ -151,10 +151,10 @@ def test_sigterm_ends_the_chat(terminal: Terminal) -> None:
     assert terminal.process.wait(30) == -signal.SIGTERM
 
 
-def test_ctrl_c_at_the_first_prompt_clears_the_line_and_the_chat_goes_on(terminal: Terminal) -> None:
-    terminal.type("half a question\x03")
-    terminal.read_until(PROMPT)
-    terminal.settle()
+def test_ctrl_c_at_the_prompt_clears_the_line_however_soon_it_comes_and_the_chat_goes_on(terminal: Terminal) -> None:
+    for _ in range(50):
+        terminal.type("half a question\x03")
+        terminal.read_until(PROMPT)
     terminal.type("Name one animal.\n")
     assert len(terminal.read_until(PROMPT).split("Name one animal.\n")[1].strip()) > 3
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import signal
+import termios
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
 from pathlib import Path
@@ -138,27 +140,47 @@ async def _typed(conversation: Conversation, console: Console) -> None:
     with _line_history():
         while True:
             try:
-                line = input("> ").strip()
+                with _ctrl_c_typed():
+                    line = input("> ").strip()
+                if line.startswith("/"):
+                    if not await conversation.command(line):
+                        return
+                elif line:
+                    await conversation.answer(line)
             except EOFError:
                 console.print()
                 return
-            except KeyboardInterrupt:
+            except KeyboardInterrupt:  # pressed once more while an answer is being stopped
                 console.print()
-                continue
-            if line.startswith("/"):
-                if not await conversation.command(line):
-                    return
-            elif line:
-                try:
-                    await conversation.answer(line)
-                except (InputError, OperationError) as error:
-                    console.print(_advised(error), style="red", markup=False, highlight=False)
+            except (InputError, OperationError) as error:
+                console.print(_advised(error), style="red", markup=False, highlight=False)
 
 
 def _advised(error: InputError | OperationError) -> str:
     """What went wrong; and the way out of a conversation that has grown too long."""
     too_long = isinstance(error, RequestError) and error.code == "context_length_exceeded"
     return f"{error}; /reset begins anew" if too_long else str(error)
+
+
+@contextlib.contextmanager
+def _ctrl_c_typed() -> Iterator[None]:
+    """Ctrl-C is a key like others, which clears the line. As a signal, one that came between the prompt and the wait
+    for a key would be forgotten: Python looks for signals only when they interrupt that wait."""
+    import readline
+
+    if not os.isatty(0) or "libedit" in (readline.__doc__ or ""):  # whose keys are bound in other words
+        yield
+        return
+    readline.parse_and_bind(r'"\C-c": "\C-e\C-u\C-m"')
+    found = termios.tcgetattr(0)
+    *others, characters = found
+    characters = [*characters]
+    characters[termios.VINTR] = bytes([os.fpathconf(0, "PC_VDISABLE")])
+    termios.tcsetattr(0, termios.TCSANOW, [*others, characters])
+    try:
+        yield
+    finally:
+        termios.tcsetattr(0, termios.TCSANOW, found)
 
 
 @contextlib.contextmanager
