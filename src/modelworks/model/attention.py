@@ -27,6 +27,9 @@ QUERY_BLOCK = 64
 in the cache (at 512 positions a third faster than 128 or 256 on a CPU)."""
 KEY_BLOCK = 4096
 """Keys per block, beyond which a block's logits would take more memory the longer the sequence is."""
+MASKED = 512
+"""Keys up to which PyTorch's fused kernel, with a mask for all, is faster where documents share keys, so that there is
+little to skip (``benchmarks/attention_shared.py``)."""
 LEAST = 1e30
 LARGEST_EXPONENT = 60.0
 """Up to this soft cap the sum of a row's exponentials fits fp32 as it is; beyond it the largest logit is subtracted."""
@@ -150,6 +153,10 @@ def attention(
     unlimited = first is None and (window is None or window >= seen or length == 1)
     if softcap is None and temperature is None and unlimited and length in (1, seen):
         return F.scaled_dot_product_attention(queries, keys, values, is_causal=length > 1, scale=scale, enable_gqa=True)
+    plain = softcap is None and temperature is None and window is None
+    if plain and shared is not None and first is not None and length == seen <= MASKED:
+        mask = _visible(first, shared)
+        return F.scaled_dot_product_attention(queries, keys, values, mask, scale=scale, enable_gqa=True)
     return blockwise_attention(queries, keys, values, scale, softcap, window, first, temperature, shared)
 
 
@@ -172,6 +179,14 @@ def blockwise_attention(
     output: Tensor
     output, _ = _forward(queries, keys, values, scale, softcap, window, first, temperature, shared)
     return output
+
+
+def _visible(first: Tensor, shared: Tensor) -> Tensor:
+    """Which keys a query sees (B, 1, T, T), of sequences whose queries and keys are the same positions."""
+    places = torch.arange(first.shape[1], device=first.device)
+    own = places >= first[:, :, None]
+    since, until = shared[..., None].unbind(2)
+    return ((own | (places >= since) & (places < until)) & (places <= places[:, None]))[:, None]
 
 
 @dataclass(frozen=True)
