@@ -8,12 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tests.data.records import VOCAB
 
 from modelworks.data import PackedDataset, prepare
 from modelworks.data.tokenizer import train_tokenizer
 from modelworks.spec import DataSpec
-
-VOCAB = 300
 
 
 @pytest.fixture

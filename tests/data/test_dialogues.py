@@ -10,13 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tests.data.records import prepared_as, text
 
-from modelworks.data import prepare
 from modelworks.data.answers import DialogueDataset, pack
-from modelworks.spec import DataSpec, InputError
-
-VOCAB = 300
+from modelworks.spec import InputError
 
 
 def say(*contents: str) -> dict[str, Any]:
@@ -25,16 +22,7 @@ def say(*contents: str) -> dict[str, Any]:
 
 
 def prepared(tokenizer: Path, *records: Any, **fields: Any) -> DialogueDataset:
-    file = tokenizer.parent / "dialogues.jsonl"
-    file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    values = {"source": "dialogues", "files": [str(file)], "tokenizer": str(tokenizer), "validation_fraction": 0.0}
-    data = prepare(DataSpec.model_validate(values | fields), VOCAB, tokenizer.parent / "prepared")
-    assert isinstance(data, DialogueDataset)
-    return data
-
-
-def text(tokenizer: Path, ids: np.ndarray) -> str:
-    return str(Tokenizer.from_file(str(tokenizer)).decode(ids.tolist(), skip_special_tokens=False))
+    return prepared_as(DialogueDataset, "dialogues", tokenizer, records, fields)
 
 
 def test_answers_and_the_marks_of_their_ends_are_learnt_and_nothing_else(tokenizer: Path) -> None:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
+from tests.data.records import prepared_as, text
 
-from modelworks.data import prepare
 from modelworks.data.pairs import PairDataset
-from modelworks.spec import DataSpec, InputError
+from modelworks.spec import InputError
 
-VOCAB = 300
 QUESTION = {"role": "user", "content": "who?"}
 
 
@@ -23,16 +20,7 @@ def says(content: str) -> dict[str, str]:
 
 
 def prepared(tokenizer: Path, *records: Any, **fields: Any) -> PairDataset:
-    file = tokenizer.parent / "pairs.jsonl"
-    file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    values = {"source": "pairs", "files": [str(file)], "tokenizer": str(tokenizer), "validation_fraction": 0.0}
-    data = prepare(DataSpec.model_validate(values | fields), VOCAB, tokenizer.parent / "prepared")
-    assert isinstance(data, PairDataset)
-    return data
-
-
-def text(tokenizer: Path, ids: np.ndarray) -> str:
-    return str(Tokenizer.from_file(str(tokenizer)).decode(ids.tolist(), skip_special_tokens=False))
+    return prepared_as(PairDataset, "pairs", tokenizer, records, fields)
 
 
 def test_the_last_answers_of_both_sides_stand_in_one_sequence_and_no_others_are_learnt(tokenizer: Path) -> None:
